@@ -6,7 +6,8 @@
     python -m benchmarks.readme_pictures runs/default
 
 The first command trains the default run. The second one measures a training step of every package;
-it is only needed for new figures. The third one draws docs/pictures/*.png from both.
+it is only needed for new figures. The third one draws docs/pictures/*.png from both, and
+frontier.png from the tables of docs/manifold_recovery.md and docs/manifold_tables.md.
 """
 
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 
 from benchmarks.harness.output import command_parser
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
+from benchmarks.manifold.pictures import draw_frontier, frontier_of_tables
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.evaluation.likelihood import held_out_images
 from mflow_kernels.evaluation.pictures import draw_images
@@ -153,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_run(run, options.out / "digits.png")
     draw_uses(run, options.out / "uses.png")
     draw_moons(options.out / "moons.png")
+    draw_frontier(options.out / "frontier.png", *frontier_of_tables(DOCS))
 
 
 if __name__ == "__main__":

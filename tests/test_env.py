@@ -10,41 +10,45 @@ from own_process import run_python
 from mflow_kernels import env
 
 
+def report(monkeypatch: pytest.MonkeyPatch, *missing: str) -> str:
+    """The report of a machine that lacks these packages, and a GPU."""
+    version = env._version
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(env, "_version", lambda name: None if name in missing else version(name))
+    return env.report()
+
+
 def test_report_names_versions_devices_and_the_extension() -> None:
-    text = env.report()
+    done = run_python("-m", "mflow_kernels.env")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mflow_kernels ")
     for name in ("mflow_kernels", "python", "torch", "triton", "devices", "extension", "nvcc"):
-        assert re.search(rf"^{name} +\S", text, re.MULTILINE), name
-    assert torch.__version__ in text
-    # All values start in the same column.
-    table = text.split("\n\n")[0].splitlines()
-    starts = {re.match(r"(?:\S+(?: \S+)*)?\s{2,}", line).end() for line in table}  # type: ignore
-    assert len(starts) == 1
+        assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE), name
+    assert torch.__version__ in done.stdout
 
 
-def test_report_says_what_to_do_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = report(monkeypatch, "triton", "lightning", "torchmetrics")
+    assert re.search(r"^triton +missing$", text, re.MULTILINE)
+    assert "triton: states on a GPU are computed by plain torch without it" in text
+    assert "everything runs on the CPU" in text
+    line = "  for mflow: lightning, torchmetrics; pip install 'mflow_kernels[train]'"
+    assert line in text.splitlines()
+
+
+def test_report_says_what_the_extension_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = SimpleNamespace(cuda_archs=[], cuda_note="left out by MFLOW_CUDA=0", cuda_runtime=0)
+    monkeypatch.setattr(env.importlib, "import_module", lambda name: native)
+    text = report(monkeypatch)
+    assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", text, re.MULTILINE)
+
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(env.importlib, "import_module", missing)
-    text = env.report()
+    text = report(monkeypatch)
     assert re.search(r"^extension +missing", text, re.MULTILINE)
     assert "pip install ." in text.split("\nmissing\n")[1]
-
-
-def test_report_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    native = SimpleNamespace(cuda_archs=[], cuda_note="left out by MFLOW_CUDA=0", cuda_runtime=0)
-    monkeypatch.setattr(env.importlib, "import_module", lambda name: native)
-    assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", env.report(), re.M)
-
-
-def test_report_says_what_triton_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = env._version
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(env, "_version", lambda name: None if name == "triton" else version(name))
-    text = env.report()
-    assert re.search(r"^triton +missing$", text, re.MULTILINE)
-    assert "triton: states on a GPU are computed by plain torch without it" in text
-    assert "everything runs on the CPU" in text
 
 
 WITHOUT_TRITON = """
@@ -75,14 +79,6 @@ def test_a_cpu_needs_no_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_report_says_what_the_command_line_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = env._version
-    lacking = ("lightning", "torchmetrics")
-    monkeypatch.setattr(env, "_version", lambda name: None if name in lacking else version(name))
-    line = "  for mflow: lightning, torchmetrics; pip install 'mflow_kernels[train]'"
-    assert line in env.report().splitlines()
-
-
 @pytest.mark.parametrize(
     ("archs", "capability", "runs"),
     [
@@ -100,9 +96,3 @@ def test_which_devices_an_architecture_serves(
     archs: list[str], capability: tuple[int, int], runs: bool
 ) -> None:
     assert env._runs_on(archs, capability) == runs
-
-
-def test_runs_as_a_module() -> None:
-    done = run_python("-m", "mflow_kernels.env")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("mflow_kernels ")

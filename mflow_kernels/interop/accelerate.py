@@ -18,12 +18,13 @@ def accelerate(
     like: Mapping[type, type] | None = None,
     even_if_slower: bool = False,
 ) -> Report:
-    """Make a model of normflows, nflows, zuko or FrEIA compute with our kernels, in place.
+    """Make a model of one of these libraries compute with our kernels, in place: normflows, nflows,
+    glasflow, zuko and FrEIA.
 
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
     dictionaries, optimizers and copies do too; only the computation changes. A layer is left
     unchanged if our kernels cannot compute it exactly, if its library's version was not tested, or
-    if ours would cost more on the device that its weights are on (see `costs.py`).
+    if a replacement would cost more on the device of its weights (see `costs.py`).
     A second call accelerates the model again.
 
     Args:
@@ -33,8 +34,8 @@ def accelerate(
             stored. A run of few couplings, or whose networks have many weights for each number of a
             batch, stores its states, because that takes less memory.
         like: classes of your own that compute what a class of FrEIA computes, with the same
-            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with ours on a random
-            state, and left if the values differ.
+            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with its replacement
+            on a random state, and left if the values differ.
         even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
             flows then take little memory, at more than the original's time.
 
@@ -49,7 +50,7 @@ def accelerate(
     like = _checked(like)
     libraries = {library for m in model.modules() for library in _libraries_of(m)}
     if not libraries:
-        *names, last = LIBRARIES
+        *names, last = map(_distribution, LIBRARIES)
         why = f"no layer of {', '.join(names)} or {last}"
         return Report("", (), (Left("", type(model).__name__, why),), ())
     replaced: list[Replaced] = []
@@ -67,7 +68,9 @@ def accelerate(
             "Gradients cannot be differentiated again (create_graph=True raises an error), unless "
             "torch.func computed them."
         )
-    versions = ", ".join(f"{library} {_version(library)}" for library in sorted(libraries))
+    versions = ", ".join(
+        f"{name} {_version(name)}" for name in sorted(map(_distribution, libraries))
+    )
     return Report(versions, tuple(replaced), tuple(left), tuple(notes))
 
 
@@ -96,12 +99,16 @@ def _is_freia(cls: type) -> bool:
 
 
 def _libraries_of(module: nn.Module) -> list[str]:
-    roots = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    return [library for library in LIBRARIES if library in roots]
+    modules = [f"{cls.__module__}." for cls in type(module).__mro__]
+    return [name for name in LIBRARIES if any(m.startswith(f"{name}.") for m in modules)]
 
 
-def _version(library: str) -> str:
+def _distribution(library: str) -> str:
+    return library.partition(".")[0]
+
+
+def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(library)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"

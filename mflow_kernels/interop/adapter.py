@@ -10,8 +10,14 @@ from mflow_kernels.interop.parts import Part
 from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import FusedSequence
 
-# Folder of each library's adapter, by the name under which the library is imported.
-LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia", "zuko": "zuko"}
+# Folder of each library's adapter, by the package with its classes.
+LIBRARIES = {
+    "normflows": "normflows",
+    "nflows": "nflows",
+    "glasflow.nflows": "glasflow",
+    "FrEIA": "freia",
+    "zuko": "zuko",
+}
 
 PartsOf = Callable[[Any], tuple[Part, ...] | str]
 """Maps a layer to its parts, data -> latent, or to the reason why our kernels cannot compute it."""

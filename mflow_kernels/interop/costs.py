@@ -1,4 +1,4 @@
-"""Rules that say when a library's own code costs less than ours; `accelerate` leaves such layers.
+"""Rules that say when a library's own code costs less; `accelerate` then leaves the layer.
 
 The limits were measured once for each kind, on one core of a CPU, with eight couplings
 (`benchmarks/bench_interop.py`). No limit is known for a GPU, where all layers are replaced.

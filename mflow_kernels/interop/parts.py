@@ -74,14 +74,7 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
     """
     for part in parts:
         if isinstance(part, SpaceToDepth):
-            channels *= 4
-        elif isinstance(part, Coupling):
-            unchanged = part.unchanged(channels)
-            if isinstance(part.scale, Spline):
-                continue
-            if channels < 2 or unchanged != channels // 2:
-                return (
-                    f"its coupling keeps {unchanged} of {channels} channels, "
-                    f"not the first {channels // 2}"
-                )
+            channels = int(channels * 4.0**part.halvings)
+        elif isinstance(part, Coupling) and part.unchanged(channels) >= channels:
+            return f"its coupling changes none of {channels} channels"
     return ""

@@ -26,7 +26,8 @@ class Report:
     """The result of `accelerate`, which `print(report)` shows.
 
     Attributes:
-        library: "normflows", "nflows", "zuko" or "FrEIA" with its version; "" if it uses none.
+        library: "normflows", "nflows", "glasflow", "zuko" or "FrEIA" with its version; "" if it
+            uses none.
         replaced: the layers that these kernels now compute, named as in `model.named_modules()`.
         left: the layers that run as before, named in the same way.
         notes: how the accelerated model differs from the original on purpose.

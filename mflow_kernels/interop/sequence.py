@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
+from mflow_kernels.interop.affine import AffineMap
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
@@ -54,15 +55,18 @@ def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Prog
             instructions.append(Layer(part.layer, part.inverse))
         elif isinstance(part, SpaceToDepth):
             instructions.append(part)
-            channels = 4 * channels
+            channels = int(channels * 4.0**part.halvings)
     return Program(instructions)
 
 
 def _couple(part: Coupling, channels: int) -> Instruction:
-    if not isinstance(part.scale, Spline):
-        return Steps([Step(None, AffineCouple(part.net, part.scale, part.inverse))])
     kept = part.unchanged(channels)
-    if kept == channels // 2 > 0:
+    halves = kept == channels // 2 > 0
+    if not isinstance(part.scale, Spline):
+        if halves:
+            return Steps([Step(None, AffineCouple(part.net, part.scale, part.inverse))])
+        return Layer(AffineMap(part.net, part.scale, kept), part.inverse)
+    if halves:
         return Steps([Step(None, SplineCouple(part.net, part.scale, part.inverse))])
     return Layer(SplineMap(part.net, part.scale, kept), part.inverse)
 
@@ -133,7 +137,7 @@ class FusedSequence:
             p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
         ]
         self._fits = [p.fits for p in parts if isinstance(p, (Linear, Coupling)) and p.fits]
-        self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
+        self._squeezes = sum(p.halvings for p in parts if isinstance(p, SpaceToDepth))
         self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
 
@@ -170,7 +174,7 @@ class FusedSequence:
         return x, ops.accumulate_logdet(ledger, log_det) if scales else sum_ledger(ledger)
 
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
-        return x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
+        return int(x.shape[1] / 4.0**self._squeezes) if inverse else x.shape[1]
 
     def _program_for(self, x: Tensor, inverse: bool) -> Program:
         channels = self._data_channels(x, inverse)

@@ -221,7 +221,7 @@ def describe(parts: Sequence[Part]) -> str:
 
 def _word(part: Part) -> str:
     if isinstance(part, SpaceToDepth):
-        return "squeeze"
+        return "unsqueeze" if part.inverted else "squeeze"
     if isinstance(part, (Linear, Reorder, Elementwise)):
         return part.what
     if isinstance(part.scale, Spline):

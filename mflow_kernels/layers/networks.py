@@ -125,11 +125,12 @@ def fused_params(
     first, second, third = products
     weight, bias = (third.weight, third.bias) if last is None else last
     parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
-    if any(p is None for p in parameters):
-        return None
-    if any(p.device != x.device for p in parameters):
-        # Torch's layers raise a clear error. A kernel would read another device's memory.
-        return None
+    device = x.device
+    for p in parameters:
+        # If a device differs, torch's layers raise a clear error. A kernel would read another
+        # device's memory.
+        if p is None or p.device != device:
+            return None
     x = x.to(autocast_dtype(x))
     chosen = implementation(x, parameters, first.training)
     if chosen == "torch":
@@ -168,10 +169,10 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether these modules have hooks, which a fused operator or sequence would not call."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 # The spatial axes that torch's layers expect.

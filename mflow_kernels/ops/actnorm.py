@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.compiler import cdiv, tl, triton
 from mflow_kernels.ops.elementwise import launch_elementwise
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
@@ -150,7 +150,7 @@ def launch_actnorm_backward(
     if n:
         launch(
             _actnorm_bwd_kernel,
-            (programs, triton.cdiv(c, block_c)),
+            (programs, cdiv(c, block_c)),
             *(strided(dy), strided(x), bias.contiguous(), log_scale.contiguous()),
             *(strided(dx), partials, n, p, tiles.programs),
             C=c,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels.ops.addresses import at, store, strided
-from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.compiler import cdiv, next_power_of_2, tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
@@ -184,7 +184,7 @@ class Conv1x1Tile(NamedTuple):
 
 
 def conv1x1_tile(c: int) -> Conv1x1Tile:
-    block_o = min(128, max(16, triton.next_power_of_2(c)))
+    block_o = min(128, max(16, next_power_of_2(c)))
     block_c = 16 if c <= 16 or 32 < c <= 48 else 32  # three blocks of 16 hold 48 channels
     # In tf32x3 each warp takes 16 rows of a product, and further warps would repeat rows. Up to
     # C = 32 there are more columns than rows, and the warps share out the columns.
@@ -216,7 +216,7 @@ class WeightGradientTile(NamedTuple):
 
 def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     """Tile for a state of c channels whose products are summed in dtype."""
-    block = min(128, max(16, triton.next_power_of_2(c)))
+    block = min(128, max(16, next_power_of_2(c)))
     if dtype == torch.float64:
         return WeightGradientTile(block, 32 if c <= 64 else 16, max(4, block // 16), None)
     if block <= 32:
@@ -236,7 +236,7 @@ def weight_gradient_splits(x: Tensor) -> int:
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
-    programs = summing_programs(x.device) // triton.cdiv(c, tile.block) ** 2
+    programs = summing_programs(x.device) // cdiv(c, tile.block) ** 2
     return count_partial_sums(n * p, c, min(tiles, programs))
 
 
@@ -320,7 +320,7 @@ def launch_product(
     if n:
         launch(
             kernel,
-            (tiles.programs * triton.cdiv(c, tile.block_o),),
+            (tiles.programs * cdiv(c, tile.block_o),),
             *(*tensors, n, p),
             flops=2 * n * p * c**2,
             C=c,
@@ -333,7 +333,7 @@ def launch_product(
             num_warps=tile.warps,
             maxnreg=tile.registers,
             # More stages than turns of the loop would only take shared memory and registers.
-            num_stages=min(pipeline_stages(precision), triton.cdiv(c, tile.block_c)),
+            num_stages=min(pipeline_stages(precision), cdiv(c, tile.block_c)),
         )
 
 
@@ -362,7 +362,7 @@ def launch_weight_gradient(
     else:
         launch(
             _weight_gradient_kernel,
-            (len(dweight), triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
+            (len(dweight), cdiv(c, tile.block), cdiv(c, tile.block)),
             *(strided(dy), strided(dnet), strided(x), strided(params)),
             *(dweight, dbias, n, p, tiles.programs),
             flops=2 * n * p * c**2,

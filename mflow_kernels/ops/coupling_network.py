@@ -150,7 +150,7 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     if not (uses_triton(x) and x.numel() and x.dim() in (2, 4)):
         return False
     known = (torch.bfloat16, torch.float16, *([torch.float32] if uses_tf32(x.dim() == 4) else []))
-    return x.dtype in known and fits(Shape.of(x, len(w1), len(w3)))
+    return x.dtype in known and fits(Shape.of(x, w1.shape[0], w3.shape[0]))
 
 
 @torch.compiler.assume_constant_result  # Dynamo does not trace these settings
@@ -191,7 +191,7 @@ def implementation(
         return "kernels" if kernels else "layers"
     if isinstance(x, FakeTensor):  # there is nothing to measure
         return "torch"
-    s = Shape.of(x, len(weights[0]), len(weights[4]))
+    s = Shape.of(x, weights[0].shape[0], weights[4].shape[0])
     pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
     given = cache(partial(_drawn, x, weights))  # drawn only if the card has no choice yet
     work = _train if training else _infer
@@ -261,7 +261,7 @@ def network_forward(
     if kernels:
         params, h1, h2 = launch_network(x, packed, b1, b2, b3, keep)
     else:
-        s = Shape.of(x, len(w1), len(w3))
+        s = Shape.of(x, w1.shape[0], w3.shape[0])
         v1, v2, v3 = s.layers(s.unpack(packed))
         c1, c2, c3 = (b.to(x.dtype) for b in (b1, b2, b3))
         with without_autocast(x):
@@ -349,7 +349,7 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
         return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
+    dw1, dw2, db1, dw3, db2, db3 = torch.split_with_sizes(sums, s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None

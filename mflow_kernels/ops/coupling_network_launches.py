@@ -5,11 +5,14 @@ overwrite the operand with the next tile too early. The forward launch has a pip
 sets no fence between a copy and the product that reads it (`FENCES_COPIES`).
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import FENCES_COPIES
-from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.compiler import cdiv
 from mflow_kernels.ops.coupling_network_kernels import (
     _dh1_kernel,
     _dh2_kernel,
@@ -35,8 +38,8 @@ def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 
     This takes one launch if the weights of convolutions are in channels_last.
     """
-    s = Shape.of(x, len(w1), len(w3))
-    packed = x.new_empty(sum(w.numel() for w in (w1, w2, w3)))
+    s = Shape.of(x, w1.shape[0], w3.shape[0])
+    packed = x.new_empty(s.packed)
     torch._foreach_copy_(s.layers(s.unpack(packed)), [w1, w2, w3])
     return packed
 
@@ -53,35 +56,20 @@ def rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def launch_network(
-    x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Two launches: params and, if `keep`, h1 and h2."""
-    s = Shape.of(x, len(b1), len(b3))
-    w1, w2, w3 = s.unpack(packed)
-    row_sums = empty_images(x, s.tap_rows * s.c_out)
-    h1, h2 = (empty_images(x, s.width) if keep else None for _ in range(2))
-    tile = forward_tile(s, architecture(x.device))
+# What launches derive from a network's sizes. Each is computed once, because a step of flow makes
+# seven of these launches and the GPU may wait for the host.
+Constants = dict[str, Any]
+
+
+@cache
+def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[tuple[int, int], Constants]:
+    tile = forward_tile(s, arch)
     edge = halo(s, tile.block_p)
-    tiles = triton.cdiv(s.pixels, tile.block_p - 2 * edge)
-    columns = triton.cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
+    tiles = cdiv(s.pixels, tile.block_p - 2 * edge)
+    columns = cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
     first, second, third = s.flops
-    launch(
-        _network_kernel,
-        (tiles, columns),
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        w3,
-        row_sums,
-        h1,
-        h2,
-        s.pixels,
-        s.height,
-        s.image_width,
-        flops=columns * (triton.cdiv(s.width, tile.block_d) * first + second) + third,
+    return (tiles, columns), dict(
+        flops=columns * (cdiv(s.width, tile.block_d) * first + second) + third,
         C_IN=s.c_in,
         WIDTH=s.width,
         C_OUT=s.c_out,
@@ -94,7 +82,91 @@ def launch_network(
         BLOCK_J=tile.block_j,
         BLOCK_R=tile.block_r,
         num_warps=tile.warps,
-        num_stages=tile.stages if FENCES_COPIES else 1,
+        num_stages=tile.stages if pipelined else 1,
+    )
+
+
+@cache
+def _sum_taps_grid(pixels: int, channels: int) -> tuple[tuple[int, int], Constants]:
+    block_c = block(channels, 64)
+    block_p = 1024 // block_c
+    grid = cdiv(pixels, block_p), cdiv(channels, block_c)
+    return grid, dict(BLOCK_P=block_p, BLOCK_C=block_c)
+
+
+@cache
+def _dh2_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
+    """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
+    tile = dh2_tile(s, arch)
+    return (
+        cdiv(s.width, tile.block_d),
+        cdiv(s.pixels, tile.block_p),
+        dict(
+            flops=(1 + weights) * s.flops[2],
+            WIDTH=s.width,
+            C_OUT=s.c_out,
+            TAPS=s.taps,
+            BLOCK_P=tile.block_p,
+            BLOCK_D=tile.block_d,
+            BLOCK_J=tile.block_j,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        ),
+    )
+
+
+@cache
+def _dh1_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
+    """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
+    tile = dh1_tile(s, arch)
+    stored = dx_taps(s, tile)
+    first, second, _ = s.flops
+    return (
+        cdiv(s.width, tile.block_d),
+        cdiv(s.pixels, tile.block_p),
+        dict(
+            flops=(1 + weights) * first + (1 + (weights and s.sums[1] > 0)) * second,
+            C_IN=s.c_in,
+            WIDTH=s.width,
+            TAPS=s.taps,
+            ROWS=stored,
+            BLOCK_P=tile.block_p,
+            BLOCK_D=tile.block_d,
+            BLOCK_K=tile.block_k,
+            BLOCK_X=block(s.taps * s.c_in),
+            BLOCK_R=block(stored * s.c_in),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        ),
+    )
+
+
+def launch_network(
+    x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Two launches: params and, if `keep`, h1 and h2."""
+    s = Shape.of(x, b1.shape[0], b3.shape[0])
+    w1, w2, w3 = s.unpack(packed)
+    row_sums = empty_images(x, s.tap_rows * s.c_out)
+    h1 = empty_images(x, s.width) if keep else None
+    h2 = empty_images(x, s.width) if keep else None
+    grid, constants = _forward_grid(s, architecture(x.device), FENCES_COPIES)
+    launch(
+        _network_kernel,
+        grid,
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        w3,
+        row_sums,
+        h1,
+        h2,
+        s.pixels,
+        s.height,
+        s.image_width,
+        **constants,
     )
     return launch_sum_taps(row_sums, b3, x, s, s.c_out, s.tap_rows, 1, 1), h1, h2
 
@@ -114,11 +186,10 @@ def launch_sum_taps(
     `taps` holds `parts` groups of `count` taps at each pixel. `sign` is that of `neighbour`.
     """
     y = empty_images(x, channels)
-    block_c = block(channels, 64)
-    block_p = 1024 // block_c
+    grid, constants = _sum_taps_grid(s.pixels, channels)
     launch(
         _sum_taps_kernel,
-        (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
+        grid,
         taps,
         bias,
         y,
@@ -129,8 +200,7 @@ def launch_sum_taps(
         TAPS=count,
         SIGN=sign,
         PARTS=parts,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
+        **constants,
     )
     return y
 
@@ -142,24 +212,23 @@ def launch_network_backward(
     wide networks; see `network_backward`."""
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     w1, w2, w3 = s.unpack(packed)
-    arch = architecture(x.device)
-    tile2, tile1 = dh2_tile(s, arch), dh1_tile(s, arch)
-    blocks2, blocks1 = (triton.cdiv(s.width, tile.block_d) for tile in (tile2, tile1))
-    tiles2, tiles1 = (triton.cdiv(s.pixels, tile.block_p) for tile in (tile2, tile1))
-    numbers1, numbers2 = (sum(s.sums[:3]), sum(s.sums[3:])) if weights else (0, 0)
+    blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device), weights)
+    blocks1, tiles1, constants1 = _dh1_grid(s, architecture(x.device), weights)
+    sums = s.sums
+    numbers1, numbers2 = (sum(sums[:3]), sum(sums[3:])) if weights else (0, 0)
     splits1, splits2, size = partial_sums(s, weights, x.device)
     if weights:
         partials = x.new_empty(size, dtype=torch.float32)
-        partial1, partial2 = partials.split([splits1 * numbers1, splits2 * numbers2])
-        dw1, dw2, db1 = partial1.view(splits1, numbers1).split(s.sums[:3], dim=1)
-        dw3, db2, db3 = partial2.view(splits2, numbers2).split(s.sums[3:], dim=1)
+        split = torch.split_with_sizes  # half the host's time of `Tensor.split`
+        partial1, partial2 = split(partials, [splits1 * numbers1, splits2 * numbers2])
+        dw1, dw2, db1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
+        dw3, db2, db3 = split(partial2.view(splits2, numbers2), sums[3:], 1)
     else:
         dw1 = dw2 = dw3 = db1 = db2 = db3 = None
     dh2 = torch.empty_like(h2)
-    stored = dx_taps(s, tile1)
+    stored = constants1["ROWS"]
     taps = empty_images(x, blocks1 * stored * s.c_in)
     images = s.pixels, s.height, s.image_width
-    first, second, third = (2 * f if weights else f for f in s.flops)
     launch(
         _dh2_kernel,
         (splits2, blocks2),
@@ -173,15 +242,7 @@ def launch_network_backward(
         numbers2,
         *images,
         tiles2,
-        flops=third,
-        WIDTH=s.width,
-        C_OUT=s.c_out,
-        TAPS=s.taps,
-        BLOCK_P=tile2.block_p,
-        BLOCK_D=tile2.block_d,
-        BLOCK_J=tile2.block_j,
-        num_warps=tile2.warps,
-        num_stages=tile2.stages,
+        **constants2,
     )
     launch(
         _dh1_kernel,
@@ -192,43 +253,32 @@ def launch_network_backward(
         w1,
         w2,
         taps,
-        dw2 if s.sums[1] else None,
+        dw2 if sums[1] else None,
         dw1,
         db1,
         numbers1,
         *images,
         tiles1,
-        flops=first + (second if s.sums[1] else s.flops[1]),
-        C_IN=s.c_in,
-        WIDTH=s.width,
-        TAPS=s.taps,
-        ROWS=stored,
-        BLOCK_P=tile1.block_p,
-        BLOCK_D=tile1.block_d,
-        BLOCK_K=tile1.block_k,
-        BLOCK_X=block(s.taps * s.c_in),
-        BLOCK_R=block(stored * s.c_in),
-        num_warps=tile1.warps,
-        num_stages=tile1.stages,
+        **constants1,
     )
     dx = launch_sum_taps(taps, None, x, s, s.c_in, stored, -1, blocks1)
     nothing = x.new_empty(0, dtype=torch.float32)
     if not weights:
         return dx, nothing, nothing.clone()  # an operator's outputs must not share memory
-    sums = x.new_empty(numbers1 + numbers2, dtype=torch.float32)
+    added = x.new_empty(numbers1 + numbers2, dtype=torch.float32)
     block_n = 128
     launch(
         _sum_partials_kernel,
-        (triton.cdiv(numbers1, block_n) + triton.cdiv(numbers2, block_n),),
+        (cdiv(numbers1, block_n) + cdiv(numbers2, block_n),),
         partials,
-        sums,
+        added,
         numbers1,
         numbers2,
         splits1,
         splits2,
         BLOCK=block_n,
     )
-    return dx, sums, nothing if s.sums[1] else w2_gradient(dh2, h1)
+    return dx, added, nothing if sums[1] else w2_gradient(dh2, h1)
 
 
 def w2_gradient(dh2: Tensor, h1: Tensor) -> Tensor:

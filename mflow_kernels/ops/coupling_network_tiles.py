@@ -1,18 +1,20 @@
 """Sizes of coupling networks, and the tiles and grids of their launches.
 
-Tiles are chosen so that no launch spills on sm_80, sm_90 and sm_100. `benchmarks.reports.static`
+Tiles are chosen so that no launch of the presets' networks spills. `benchmarks.reports.static`
 compiles them, and `benchmarks.reports.efficiency` says how well they use a card. Hopper has tiles
-of its own (`HOPPER`): its wgmma multiplies 64 rows for each of a launch's groups of four warps.
+of its own (`HOPPER_TILES`): its wgmma multiplies 64 rows for each of a launch's groups of four
+warps. GeForce cards have smaller ones where others spill (`geforce`).
 """
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.compiler import cdiv, next_power_of_2
 from mflow_kernels.ops.launch import HOPPER, architecture
 from mflow_kernels.ops.partial_sums import multiprocessors
 
@@ -31,10 +33,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, width: int, c_out: int) -> "Shape":
-        height, image_width = x.shape[2:] if x.dim() == 4 else (1, 1)
-        pixels = x.shape[0] * height * image_width
-        taps = 9 if x.dim() == 4 else 1
-        return cls(pixels, height, image_width, x.shape[1], c_out, width, taps, x.element_size())
+        n, c, *sides = x.shape
+        height, image_width = sides or (1, 1)
+        taps, size = (9 if sides else 1), x.element_size()
+        return cls(n * height * image_width, height, image_width, c, c_out, width, taps, size)
 
     @property
     def tap_rows(self) -> int:
@@ -57,7 +59,8 @@ class Shape(NamedTuple):
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The weights W1, W2 and W3, (out, taps, in), as views of one tensor."""
-        return self.shaped(packed.split([math.prod(shape) for shape in self.weights]))
+        sizes = [math.prod(shape) for shape in self.weights]
+        return self.shaped(torch.split_with_sizes(packed, sizes))
 
     @property
     def flops(self) -> list[int]:
@@ -79,12 +82,12 @@ class Shape(NamedTuple):
         if self.taps == 1:
             return [w[:, 0] for w in weights]
         sides = zip(weights, (3, 1, 3), strict=True)
-        return [w.unflatten(1, (side, side)).permute(0, 3, 1, 2) for w, side in sides]
+        return [w.view(w.shape[0], side, side, -1).permute(0, 3, 1, 2) for w, side in sides]
 
 
 def block(n: int, most: int = 1024) -> int:
     """The block of at most `most` places for n numbers."""
-    return min(most, max(16, triton.next_power_of_2(n)))
+    return min(most, max(16, next_power_of_2(n)))
 
 
 class Tile(NamedTuple):
@@ -154,6 +157,12 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
 
 
+def geforce(arch: int) -> bool:
+    """Whether a card has the 100 KB of shared memory of a GeForce: sm_86, sm_89 and sm_12x. They
+    multiply by mma.sync, as sm_80 does, and ptxas takes more registers for them."""
+    return arch in (86, 89) or arch // 10 == 12
+
+
 def forward_tile(s: Shape, arch: int) -> Tile:
     if found := hopper_tiles(s, arch):
         return found.forward
@@ -173,7 +182,9 @@ def forward_tile(s: Shape, arch: int) -> Tile:
         return Tile(32, 64, 32, columns, 8, 3)
     if columns > 64:  # on sm_90, images spill with blocks of 32, and vectors with blocks of 64
         return Tile(32, 128, 64 if s.taps > 1 else 32, columns, 8, 3)
-    return Tile(64, 256, 64, columns, 8, 3) if s.width <= 256 else Tile(64, 128, 32, columns, 8, 3)
+    if s.width <= 256:
+        return Tile(64, 256, 64, columns, 8, 3)
+    return Tile(32 if geforce(arch) else 64, 128, 32, columns, 8, 3)
 
 
 def halo(s: Shape, block_p: int) -> int:
@@ -197,9 +208,8 @@ def dh2_tile(s: Shape, arch: int) -> Tile:
     if s.itemsize == 4:
         block_d = 64 if block_j <= 128 else 32 if block_j <= 256 else 16
         return Tile(16, block(s.width, block_d), 0, block_j, 8)
-    return Tile(
-        32 if block_j <= 128 else 16, block(s.width, 64 if block_j <= 256 else 32), 0, block_j, 8
-    )
+    block_d = 64 if block_j <= (128 if geforce(arch) else 256) else 32
+    return Tile(32 if block_j <= 128 else 16, block(s.width, block_d), 0, block_j, 8)
 
 
 def dh1_tile(s: Shape, arch: int) -> Tile:
@@ -213,28 +223,29 @@ def dh1_tile(s: Shape, arch: int) -> Tile:
         return Tile(16, block(s.width, block_d), block_k, 0, 8)
     if s.width > DW2_WIDTH:
         # Addresses of rows that start at an odd multiple of 4 bytes take more registers.
-        fits_128 = block_x <= 64 or (block_x <= 128 and s.c_in % 4 == 0)
+        aligned = s.c_in % 4 == 0 and not geforce(arch)
+        fits_128 = block_x <= 64 or (block_x <= 128 and aligned)
         return Tile(32, 128 if fits_128 else 64, block_k, 0, 8)
     # Addresses of rows that start at a multiple of 16 bytes take fewer registers.
-    fits_64 = block_x <= 128 or s.c_in % 8 == 0
+    fits_64 = block_x <= 128 or (s.c_in % 8 == 0 and not geforce(arch))
     fits_32 = block_k != 64  # with 64, and these addresses, 32 hidden channels spill on sm_100
     block_d = 128 if block_x <= 64 else 64 if fits_64 else 32 if fits_32 else 16
     if block_x == 16:  # 128 hidden channels spill
-        block_d = 64
+        block_d = 32 if geforce(arch) else 64
     return Tile(16, block(s.width, block_d), block_k, 0, 8)
 
 
-def splits(s: Shape, tile: Tile, numbers: int, device: torch.device) -> int:
-    """Programs that share the tiles of a backward launch, for each block of hidden channels.
+def splits(s: Shape, tile: Tile, numbers: int, card: int) -> int:
+    """Programs that share the tiles of a backward launch, for each block of hidden channels, on a
+    card of this number of multiprocessors.
 
     A launch without partial sums has two programs for each multiprocessor. If each program stores
     partial sums of `numbers` numbers, the launch has one for each multiprocessor, because more
     would only write more sums: a program's registers leave no room for a second one. Each then has
     at least `FEWEST_PIXELS`, and all sums have at most half the bytes of a hidden tensor.
     """
-    blocks = triton.cdiv(s.width, tile.block_d)
-    tiles = triton.cdiv(s.pixels, tile.block_p)
-    card = multiprocessors(device)
+    blocks = cdiv(s.width, tile.block_d)
+    tiles = cdiv(s.pixels, tile.block_p)
     if not numbers:
         return max(1, min(tiles, 2 * card // blocks))
     half = s.itemsize * s.pixels * s.width // 2
@@ -244,8 +255,12 @@ def splits(s: Shape, tile: Tile, numbers: int, device: torch.device) -> int:
 def partial_sums(s: Shape, weights: bool, device: torch.device) -> tuple[int, int, int]:
     """The splits of the launches of d h1 and of d h2, and the numbers of all their partial sums.
     Without `weights` they store none."""
-    arch = architecture(device)
+    return _partial_sums(s, weights, architecture(device), multiprocessors(device))
+
+
+@cache
+def _partial_sums(s: Shape, weights: bool, arch: int, card: int) -> tuple[int, int, int]:
     of1, of2 = (sum(s.sums[:3]), sum(s.sums[3:])) if weights else (0, 0)
-    splits1 = splits(s, dh1_tile(s, arch), of1, device)
-    splits2 = splits(s, dh2_tile(s, arch), of2, device)
+    splits1 = splits(s, dh1_tile(s, arch), of1, card)
+    splits2 = splits(s, dh2_tile(s, arch), of2, card)
     return splits1, splits2, splits1 * of1 + splits2 * of2

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,15 +91,22 @@ HOPPER = 90
 def architecture(device: torch.device) -> int:
     """The GPU's compute capability, times ten. On other devices, that of the machine that stands
     for a GPU, or Hopper's."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+    if device.type == "cuda":
+        return _capability(device)
     if not KERNELS_ON_CPU:
         return HOPPER
     try:
         return int(triton.runtime.driver.active.get_current_target().arch)
     except RuntimeError:  # Triton's interpreter needs no driver
         return HOPPER
+
+
+@cache  # torch asks the driver again at each call
+def _capability(device: torch.device) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return HOPPER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def capturing(device: torch.device) -> bool:
@@ -154,6 +162,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
     if isinstance(first, FakeTensor):
         return
     device = first.device
+    # Kernels were compiled and judged with fused multiply-adds, which Triton 3.10 makes no default.
+    options["enable_fp_fusion"] = True
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)

@@ -5,7 +5,6 @@ each, so that contiguous and channels_last tensors and views of their halves nee
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +17,15 @@ def pixels(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-class Strides(NamedTuple):
-    """Steps, in elements, to the next sample, channel and pixel."""
-
-    n: int
-    c: int
-    p: int
-
-
-def strides(x: Tensor) -> Strides:
-    """The strides of a tensor that `dense_pixels` returned."""
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Steps, in elements, to the next sample, channel and pixel of a tensor that `dense_pixels`
+    returned. It is a plain tuple, because each launch asks for several."""
     if x.dim() == 4:
         n, c, down, right = x.stride()
         _, _, height, width = x.shape
-        return Strides(n, c, right if width > 1 else down if height > 1 else 1)
+        return n, c, right if width > 1 else down if height > 1 else 1
     p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
-    return Strides(x.stride(0), x.stride(1), p)
+    return x.stride(0), x.stride(1), p
 
 
 def dense_pixels(x: Tensor) -> Tensor:
@@ -85,7 +77,7 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
 
 def channels_first(x: Tensor) -> bool:
     """Whether neighbours in memory are pixels of one channel rather than channels of one pixel."""
-    return pixels(x) > 1 and strides(x).p == 1
+    return pixels(x) > 1 and strides(x)[2] == 1
 
 
 def is_channels_last(x: Tensor) -> bool:

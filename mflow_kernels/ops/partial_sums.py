@@ -5,6 +5,7 @@ adds them in a fixed order. All K steps of a group share one buffer (K, splits, 
 reduction adds the sums of all steps without copying them first.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ MULTIPROCESSORS = 132  # of an H100; where no GPU can be asked
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a GPU. On other devices, kernels run in a machine that
     stands for a GPU, and the number is `MULTIPROCESSORS`."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    return _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@cache  # torch asks the driver again at each call
+def _multiprocessors(device: torch.device) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 

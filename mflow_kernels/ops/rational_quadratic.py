@@ -21,6 +21,7 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also dy read, dx, dparams written.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,11 +63,19 @@ def transform_backward_ref(
     identity: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dparams, by autograd of the reference."""
+    """dx and dparams, by autograd of the reference.
+
+    The dispatcher calls the registered operator below autograd, which then records no graph;
+    `torch.func` works there.
+    """
+    reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
+    cotangents = dy, dledger[:, :1]
     with torch.enable_grad():
         leaves = x.detach().requires_grad_(), params.detach().requires_grad_()
-        outputs = transform_ref(*leaves, spline, identity, inverse)
-    dx, dparams = torch.autograd.grad(outputs, leaves, (dy, dledger[:, :1]))
+        outputs = reference(*leaves)
+    if not outputs[0].requires_grad:
+        return torch.func.vjp(reference, x, params)[1](cotangents)
+    dx, dparams = torch.autograd.grad(outputs, leaves, cotangents)
     return dx, dparams
 
 

@@ -32,7 +32,7 @@ from torch.torch_version import TorchVersion
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import KernelState, strided, strided_halves
 from mflow_kernels.ops.channel_products import arithmetic
-from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.compiler import cdiv, next_power_of_2, triton
 from mflow_kernels.ops.launch import launch, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
 from mflow_kernels.ops.partial_sums import count_partial_sums, multiprocessors
@@ -153,7 +153,7 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
         return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
     if c <= 64:
-        half = triton.next_power_of_2(c_b)
+        half = next_power_of_2(c_b)
         warps = 2 * half // 16  # each warp takes 16 rows of a product
         # A multiprocessor gets two programs, which fit 255 registers. Without this limit, ptxas
         # spills at C = 48 to fit a third one.
@@ -167,7 +167,7 @@ def rebuild_splits(half: Tensor, c: int) -> int:
     if not uses_triton(half):
         return 1
     tile = rebuild_tile(c, accumulator(half.dtype))
-    blocks = triton.cdiv(c, tile.block_o) ** 2
+    blocks = cdiv(c, tile.block_o) ** 2
     n, p = half.shape[0], pixels(half)
     programs = tile.programs * multiprocessors(half.device) // blocks
     return count_partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
@@ -214,7 +214,7 @@ def launch_rebuild_conv1x1(
         dbias.zero_()
     else:
         wide = tile.kernel is _rebuild_conv1x1_wide_kernel
-        o_blocks = triton.cdiv(c, tile.block_o)
+        o_blocks = cdiv(c, tile.block_o)
         grid = tiles.programs * o_blocks + splits * o_blocks**2 if wide else splits
         states: tuple[KernelState, ...]
         results: tuple[KernelState, ...]

@@ -73,13 +73,14 @@ class RerunCall:
         self._modules = modules = _modules_of(call.module)
         self._modes = tuple(m.training for m in modules)
         self._norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
-        self._parameters = [
-            (store, name, p, p.requires_grad)
-            for store in (_parameters_of(m) for m in modules)
-            for name, p in store.items()
-            if p is not None
-        ]
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        self._parameters: list[tuple[dict[str, Tensor], str, Tensor, bool]] = []
+        hooks = 0
+        for m in modules:
+            hooks += len(m._forward_hooks) + len(m._forward_pre_hooks)
+            store = _parameters_of(m)
+            for name, p in store.items():
+                if p is not None:
+                    self._parameters.append((store, name, p, p.requires_grad))
         types = tuple(map(type, modules))
         self._key = getattr(call.function, "__name__", ""), types, self._modes, hooks
         self.known = _known.get(self.module, {}).get(self._key)
@@ -119,7 +120,8 @@ class RerunCall:
                 give, or it changed its input unexpectedly.
             TypeError: it has lazy parameters that no call has initialized.
         """
-        if any(nn.parameter.is_lazy(p) for _, _, p, _ in self._parameters):
+        # A call initializes lazy parameters, and changes the types of their modules.
+        if self.known is None and any(nn.parameter.is_lazy(p) for _, _, p, _ in self._parameters):
             raise TypeError(
                 f"ReversibleChain: {self.name} has lazy parameters; call `initialize` with a first "
                 "batch before"
@@ -231,8 +233,9 @@ class RerunCall:
     @contextmanager
     def as_in_forward(self) -> Iterator[None]:
         """Restore the modes and random numbers of the first run, and hide running statistics."""
-        if any(store.get(name) is not p for store, name, p, _ in self._parameters):
-            raise_replaced()
+        for store, name, p, _ in self._parameters:
+            if store.get(name) is not p:
+                raise_replaced()
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
         buffers = [(m, dict(m._buffers)) for m in self._norms]

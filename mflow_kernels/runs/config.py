@@ -83,8 +83,6 @@ class TrainConfig(
                 f"accumulate: expected a divisor of batch_size, {self.batch_size}, "
                 f"got {self.accumulate}"
             )
-        if self.accumulate > 1 and self.cuda_graphs:
-            raise ValueError(f"accumulate: expected 1 with cuda_graphs, got {self.accumulate}")
         check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
@@ -222,12 +220,6 @@ def check_precision(precision: Precision, device: str) -> None:
     """Raise ValueError if a device type ("cpu" or "cuda") does not support `precision`."""
     if precision == "float16" and device == "cpu":
         raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
-
-
-def check_cuda_graphs(cuda_graphs: bool, device: str) -> None:
-    """Raise ValueError if `cuda_graphs` is set for a device type that has none."""
-    if cuda_graphs and device != "cuda":
-        raise ValueError(f"cuda_graphs: expected a CUDA device, got {device}")
 
 
 def _check_flow(prefix: str, stage: Stage) -> None:

@@ -217,9 +217,10 @@ class TrainingOptions:
         device: Device to train on; auto takes a GPU if there is one.
         precision: Data type of the coupling networks; the state of the flow is always float32.
         compile: Compile the coupling networks with torch.compile; the first step takes minutes.
-        cuda_graphs: Capture the forward and backward pass of each stage once and replay them, so
-            that a small model does not wait for kernel launches. Their memory stays allocated
-            between steps. No GPU has run this yet.
+        cuda_graphs: On a GPU, capture the forward and backward pass of each stage once and replay
+            them, so that the GPU does not wait for kernel launches. Their memory stays allocated
+            between steps. A batch in several parts (--accumulate) is computed without. No GPU has
+            run this yet.
         save_minutes: Longest time between two checkpoints, in minutes.
         save_steps: Largest number of steps between two checkpoints. A checkpoint is also written
             before each validation.
@@ -241,7 +242,7 @@ class TrainingOptions:
     device: Device = "auto"
     precision: Precision = "float32"
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     save_minutes: float = 10.0
     save_steps: int | None = None
 

@@ -17,7 +17,7 @@ from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
-from mflow_kernels.runs.config import RunConfig, TrainConfig, check_cuda_graphs, check_precision
+from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import (
     CONFIG,
     Change,
@@ -158,7 +158,6 @@ def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
         )
     device = pick_device(config.device)
     check_precision(config.precision, device.type)
-    check_cuda_graphs(config.cuda_graphs, device.type)
     return device, ranks
 
 

@@ -4,11 +4,12 @@ presets | export`."""
 import importlib.util
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -288,7 +289,6 @@ def _as_typed(message: str, argv: list[str]) -> str:
     A message starts with one name or with several. Later in the message, a word is taken for a name
     only if it has an underscore and is not quoted or part of a path.
     """
-    import re
     from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
@@ -329,12 +329,13 @@ def _suggesting(message: str, argv: list[str]) -> str:
     from mflow_kernels.runs.parser import suggestion
 
     prefix, found, unknown = message.partition("unrecognized arguments: ")
-    action: Any = _parsers()[0]._subcommands_action
-    commands = action.choices
-    if prefix or not found or argv[0] not in commands:
+    if prefix or not found:
         return message
+    shown = StringIO()
+    with suppress(SystemExit), redirect_stdout(shown):
+        _parsers()[0].parse_args([argv[0], "--help"])
+    options = re.findall(r"^ +(--[\w-]+)", shown.getvalue(), re.MULTILINE)
     names = [word for word in unknown.split() if word.startswith("--")]
-    options = [name for name in commands[argv[0]]._option_string_actions if name[:2] == "--"]
     meant = [s for name in names if (s := suggestion(name, options)) is not None]
     return f"{message} (did you mean {', '.join(meant)}?)" if meant else message
 

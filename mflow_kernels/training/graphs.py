@@ -21,6 +21,11 @@ _WARM_UP = 3  # passes before the capture, in which libraries, compilers and aut
 Losses = Callable[..., tuple[Tensor, ...]]
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether passes on this device can be captured."""
+    return device.type == "cuda"
+
+
 class Captured(NamedTuple):
     """Two graphs, and the tensors that each replay overwrites with the results of the passes."""
 

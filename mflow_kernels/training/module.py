@@ -1,5 +1,6 @@
 """Training of all stages of a hierarchical flow, as one LightningModule and in one `fit`."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from mflow_kernels.data.batches import (
@@ -27,7 +29,7 @@ from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.conditions import bound_conditions, largest_conditions
-from mflow_kernels.training.graphs import StepGraphs
+from mflow_kernels.training.graphs import StepGraphs, can_capture
 from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_ranks
 from mflow_kernels.training.schedule import Schedule
 
@@ -84,7 +86,10 @@ class FlowTraining(LightningModule):
             [module for module in stage.modules() if isinstance(module, ReversibleChain)]
             for stage in model.stages
         ]
-        self._graphs = StepGraphs() if config.cuda_graphs else None
+        # The parameters of each stage that have gradients while it is trained.
+        self._weights = [[p for p in m.parameters() if p.requires_grad] for m in model.stages]
+        self._unfrozen = -1  # the stage that `_freeze_others` was last called with
+        self._graphs: StepGraphs | None = None
         self._last_logged = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
         self._measured: dict[str, Any] = {}  # metrics of the step that runs
@@ -141,6 +146,24 @@ class FlowTraining(LightningModule):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if self._checkpoint is not None and self._checkpoint.grad_scaler:
             self._scaler.load_state_dict(self._checkpoint.grad_scaler)
+        config = self._config
+        if config.cuda_graphs and config.accumulate == 1 and can_capture(self.device):
+            self._graphs = StepGraphs()
+        self._freeze_others(self.stage)
+
+    def _freeze_others(self, stage: int) -> None:
+        """Let only the weights that `stage` trains have gradients, so that ranks exchange these."""
+        if stage == self._unfrozen:
+            return
+        self._unfrozen, active = stage, self._active(stage)
+        for i, weights in enumerate(self._weights):
+            for weight in weights:
+                weight.requires_grad_(i in active)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy.model is not self:
+            # Ranks agreed on the gradients that they exchange when the model was wrapped.
+            strategy.model = self
+            strategy.configure_ddp()
 
     def train_dataloader(self) -> BatchStream:
         config, position = self._config, self.schedule.progress(self.global_step).position
@@ -170,12 +193,17 @@ class FlowTraining(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_fit_end(self) -> None:
+        for weight in itertools.chain(*self._weights):
+            weight.requires_grad_()
+
     def on_train_start(self) -> None:
         self._last_logged = time.perf_counter(), self.global_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         stage = self.stage
         self.zero_grad()
+        self._freeze_others(stage)
         if self._step_in_stage(stage) == 0:
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):

@@ -188,8 +188,8 @@ def evaluate(
         ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
             of mflow prepare, or the name of a data set, such as digits.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
-        quick: Leave out the density on the manifold, the OOD score and the intrinsic dimension,
-            which take most of the time on a CPU.
+        quick: Leave out the density on the manifold, the OOD score, the local and the intrinsic
+            dimension, which take most of the time on a CPU.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write

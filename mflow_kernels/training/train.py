@@ -118,10 +118,8 @@ def new_trainer(loaded: Loaded, **options: Any) -> Trainer:
         accelerator="gpu" if loaded.device.type == "cuda" else "cpu",
         devices=ranks.local,
         num_nodes=ranks.world // ranks.local,
-        # Stages that are not trained have no gradients. Buffers are equal on all ranks.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-        if ranks.world > 1
-        else "auto",
+        # Buffers are equal on all ranks.
+        strategy=DDPStrategy(broadcast_buffers=False) if ranks.world > 1 else "auto",
         max_epochs=-1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

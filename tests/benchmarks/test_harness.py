@@ -96,25 +96,18 @@ def test_a_wrong_model_fails_its_check() -> None:
 
 
 def test_errors_skip_peers_and_fail_this_package() -> None:
-    measured = Measured()
+    """A missing peak memory counts as an error."""
+    measured = Measured(extra={"plain": {}})
     for name in ("mflow_kernels, stored", "memcnn"):
         measured.fault(name, RuntimeError("no such operator"))
     measured.fault("nflows", AssertionError("off"))
-    kinds = {name: type(fault) for name, fault in measured.faults.items()}
-    assert kinds == {
-        "mflow_kernels, stored": RuntimeError,
-        "memcnn": Missing,
-        "nflows": AssertionError,
+    died = Died("the process died")
+    measured.add_peaks(["mflow_kernels, reversible", "FrEIA", "plain"], [died, died, 8])
+    assert {name: type(fault) for name, fault in measured.faults.items()} == {
+        **{"mflow_kernels, stored": RuntimeError, "memcnn": Missing, "nflows": AssertionError},
+        **{"mflow_kernels, reversible": RuntimeError, "FrEIA": Missing},
     }
     assert str(measured.faults["memcnn"]) == "memcnn: RuntimeError: no such operator"
-
-
-def test_a_peak_that_is_missing_skips_peers_and_fails_this_package() -> None:
-    measured = Measured(extra={"plain": {}})
-    died = Died("the process died")
-    measured.add_peaks(["mflow_kernels, stored", "memcnn", "plain"], [died, died, 8])
-    kinds = {name: type(fault) for name, fault in measured.faults.items()}
-    assert kinds == {"mflow_kernels, stored": RuntimeError, "memcnn": Missing}
     assert measured.extra == {"plain": {"peak_bytes": 8}}
 
 

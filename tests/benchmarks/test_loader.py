@@ -21,11 +21,6 @@ def test_a_prepared_file_and_a_run_are_measured(trained, tmp_path, monkeypatch, 
     assert re.search(r"^1x8x8 +256( +[\d.,]+){5}$", out, re.MULTILINE)
     assert f"training in {trained} reached " in out
 
-
-def test_images_larger_than_the_listed_sizes_are_measured(tmp_path):
-    path = tmp_path / "images"
-    images = np.zeros((3, 1, 1100, 1100), np.uint8)
-    images.tofile(path)
-    shape, batch, *speeds = loader.measure(path, images, torch.device("cpu"))
-    assert (shape, batch) == ("1x1100x1100", 1)
-    assert all(float(speed.replace(",", "")) > 0 for speed in speeds)
+    path, images = tmp_path / "large", np.zeros((3, 1, 1100, 1100), np.uint8)
+    images.tofile(path)  # larger than the listed sizes
+    assert loader.measure(path, images, torch.device("cpu"))[:2] == ("1x1100x1100", 1)

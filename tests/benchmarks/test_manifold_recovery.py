@@ -11,7 +11,6 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from benchmarks.manifold import pictures, points, tables, training
-from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.factors import elbow
 from benchmarks.manifold.gaussians import gaussians
@@ -170,13 +169,6 @@ def test_gaussians_without_training():
         torch.testing.assert_close(density.mean, x.mean(0))
 
 
-def test_the_energy_distance_tells_distributions_apart():
-    x, y = normal(2000, 3), normal(2000, 3)
-    assert abs(points.energy_distance(x, y)) < 0.01
-    assert points.energy_distance(x, y + 1) > 0.2
-    assert points.energy_distance(x * math.nan, y) == math.inf
-
-
 @pytest.mark.parametrize("best", [(2e-3, 10.0), (1.6e-2, 2.5), (2.5e-4, 80.0)])
 def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_path, monkeypatch):
     """Trainings are replaced by a score with a known minimum. One rate has no finite score."""
@@ -302,17 +294,11 @@ def test_elbow():
     assert elbow({1: 1.0, 2: 0.5, 3: 0.26, 4: 0.14, 5: 0.08}) is None
 
 
-def test_tables_show_a_dash_for_missing_values():
+def test_tables_show_missing_values_and_failed_runs():
     rows = [{"m": "a", "x": 1.0}, {"m": "a", "x": 3.0}, {"m": "b", "x": None}]
+    rows += [{"m": "c", "x": 1.0}, {"m": "c", "failed": "loss nan"}]
     lines = markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()
-    assert lines[2:] == ["| a | 2.0 ± 1.4 |", "| b | - |"]
-
-
-def test_tables_count_failed_runs():
-    rows = [{"m": "a", "x": 1.0}, {"m": "a", "failed": "loss nan"}]
-    assert markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()[2:] == [
-        "| a (1 of 2 failed) | 1.0 |"
-    ]
+    assert lines[2:] == ["| a | 2.0 ± 1.4 |", "| b | - |", "| c (1 of 2 failed) | 1.0 |"]
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -340,16 +326,3 @@ def test_the_falling_weight_is_that_of_a_schedule():
         expected = objective(first, x).loss
         if step in (0, 31, 99):
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
-
-
-def test_tables_of_no_runs_say_so(tmp_path, capsys):
-    main(["--tables", "--only", "points", "--out", str(tmp_path)])
-    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
-    assert not list((tmp_path / "full").iterdir())
-
-
-def test_unknown_parts_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--only", "nothing", "--out", str(tmp_path)])
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -1,13 +1,12 @@
 """The pictures of the README: bars from saved figures, and rows of images from a run."""
 
-import copy
-
 import pytest
 from PIL import Image
 
 from benchmarks import readme_pictures
 from benchmarks.harness.saved_runs import merged, runs
-from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run, draw_uses
+from benchmarks.manifold.pictures import draw_frontier, frontier_of_tables
+from benchmarks.readme_pictures import DOCS, RESULTS, bars, draw_comparison, draw_run, draw_uses
 from mflow_kernels.runs.folder import load_run
 
 
@@ -24,13 +23,21 @@ def test_bars_are_those_of_the_saved_figures():
     )
     assert (middle, low, high) == (ratios[2], ratios[1], ratios[3])
     assert by_label["plain PyTorch"][1] == (1, 1, 1)
-
-
-def test_a_missing_package_is_an_error():
-    saved = copy.copy(runs(merged([RESULTS])))
     saved.rows = [row for row in saved.rows if row.variant != "nflows"]
     with pytest.raises(ValueError, match="nflows"):
         bars(saved)
+
+
+def test_the_readme_names_the_figures_of_its_picture():
+    by_label = {label: (peak, time) for label, peak, (time, _, _) in bars(runs(merged([RESULTS])))}
+    peak, time = by_label["mflow_kernels, reversible"]
+    _, stored = by_label["mflow_kernels, stored"]
+    assert round(by_label["plain PyTorch"][0] / peak) == 5
+    sentence = (
+        f"a reversible training step takes {time:.2f} of plain PyTorch's time and about a fifth of "
+        f"its memory; with stored activations it takes {stored:.2f} of the time."
+    )
+    assert sentence in " ".join((DOCS.parent / "README.md").read_text().split())
 
 
 def test_pictures_are_written(tmp_path, trained, monkeypatch):
@@ -40,8 +47,11 @@ def test_pictures_are_written(tmp_path, trained, monkeypatch):
     run = load_run(str(trained), "cpu")
     draw_run(run, tmp_path / "digits.png")
     draw_uses(run, tmp_path / "uses.png")
+    rows, others = frontier_of_tables(DOCS)
+    assert {len(found) for found in rows.values()} == {17}  # as the README says
+    draw_frontier(tmp_path / "frontier.png", rows, others)
     pictures = list(tmp_path.iterdir())
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for path in pictures:
         with Image.open(path) as picture:
             assert picture.width > 600

@@ -71,13 +71,10 @@ def test_a_row_that_fails_now_is_a_regression(tmp_path, capsys) -> None:
     assert "AssertionError: off" in capsys.readouterr().out
 
 
-def test_other_devices_are_not_compared(tmp_path) -> None:
+def test_files_that_cannot_be_compared(tmp_path, capsys) -> None:
     old = saved(tmp_path / "old.json", row("plain", [1.0]))
     new = saved(tmp_path / "new.json", row("plain", [1.0], device="a GPU"))
     assert report.main([new, "--against", old]) == 2
-
-
-def test_a_file_of_another_format_is_named(tmp_path, capsys) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "a.json")])

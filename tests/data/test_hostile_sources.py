@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from tiny_runs import TINY, refused, write_images
+from tiny_runs import refused, write_images
 
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import find_images
@@ -76,12 +76,6 @@ class TestFolders:
         ):
             command = ["prepare", str(images), "--out", str(tmp_path / out)]
             assert message in refused(command, tmp_path, capsys)
-        named = tmp_path / ("n" * 250)
-        write_images(named, 2)
-        command = ["train", *TINY, "--levels", "9", "--data", str(named)]
-        assert re.search(
-            "--levels", refused([*command, "--run-dir", str(tmp_path / "run")], tmp_path, capsys)
-        )
 
     def test_bytes_that_are_no_utf_8(self, tmp_path, capsys):
         folder = tmp_path / os.fsdecode(b"\xff\xfe")

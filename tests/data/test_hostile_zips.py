@@ -79,6 +79,22 @@ def members(archive, tmp_path_factory):
         return prepare_images(find_images(archive), tmp_path_factory.mktemp("out") / "a", 8)
 
 
+SKIPPED = {
+    "deflate64": "compression method",
+    "method99": "compression method",
+    "encrypted": "encrypted, password required",
+    "crc": "Bad CRC-32",
+    "offset": "Truncated file header",
+    "longer": "Overlapped entries" if LATER_ZIPFILE else "EOFError",
+    "shorter": "Bad CRC-32",
+    "bad-lzma": "Corrupt input data",
+    "bad-bzip2": "Invalid data stream",
+    "bad-deflate": "while decompressing data",
+    "bomb": "inflates to more than 1 MiB",
+    "\x1b[2J": "not an image",
+}
+
+
 class TestZip:
     """A zip of every kind of member, prepared once."""
 
@@ -87,28 +103,10 @@ class TestZip:
         assert members.record.names == names
         assert (members.images == 128).all()
 
-    @pytest.mark.parametrize(
-        ("name", "reason"),
-        [
-            ("deflate64", "compression method"),
-            ("method99", "compression method"),
-            ("encrypted", "encrypted, password required"),
-            ("crc", "Bad CRC-32"),
-            ("offset", "Truncated file header"),
-            ("longer", "Overlapped entries" if LATER_ZIPFILE else "EOFError"),
-            ("shorter", "Bad CRC-32"),
-            ("bad-lzma", "Corrupt input data"),
-            ("bad-bzip2", "Invalid data stream"),
-            ("bad-deflate", "while decompressing data"),
-            ("bomb", "inflates to more than 1 MiB"),
-            ("\x1b[2J", "not an image"),
-        ],
-    )
-    def test_skipped_with_the_reason(self, name, reason, members):
-        assert reason in members.record.skipped[f"{name}.png"]
-
-    def test_nothing_else(self, members):
-        assert len(members.record.skipped) == 12
+    def test_skipped_with_the_reason(self, members):
+        assert {*members.record.skipped} == {f"{name}.png" for name in SKIPPED}
+        for name, reason in SKIPPED.items():
+            assert reason in members.record.skipped[f"{name}.png"], name
 
     def test_no_name_reaches_the_terminal_raw(self, archive, tmp_path, capsys):
         assert main(["prepare", str(archive), "--out", str(tmp_path / "a")]) == 0
@@ -128,15 +126,13 @@ class TestZip:
     def test_a_zip_without_a_readable_image(self, tmp_path, capsys):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
             file.writestr("\x1b[31mred.png", "no image")
-        command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]
         message = r"no file there can be read as an image \(\\x1b\[31mred.png: not an image in"
-        assert re.search(message, refused(command, tmp_path, capsys))
+        self.assert_refused(tmp_path, capsys, message)
 
     @pytest.mark.parametrize(
         "damage",
         [
             lambda data: data[:-1],
-            lambda data: data[: len(data) // 2],
             lambda data: data[:-22] + b"PK\5\6" + b"\xff" * 18,
             lambda data: data.replace(b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\xff"),  # version 25.5
             lambda data: data.replace(b"PK\1\2", b"PK\0\0"),
@@ -145,13 +141,13 @@ class TestZip:
     )
     def test_a_table_of_contents_that_is_torn_or_lies(self, damage, archive, tmp_path, capsys):
         (tmp_path / "a.zip").write_bytes(damage(archive.read_bytes()))
-        command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]
-        assert "data: expected a folder or a complete zip, got" in refused(
-            command, tmp_path, capsys
-        )
+        message = "data: expected a folder or a complete zip, got"
+        self.assert_refused(tmp_path, capsys, message)
 
     def test_a_zip_without_members(self, tmp_path, capsys):
         (tmp_path / "a.zip").write_bytes(b"PK\5\6" + bytes(18))
-        command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]
-        line = refused(command, tmp_path, capsys)
-        assert re.search("data: expected images in .*, found none", line)
+        self.assert_refused(tmp_path, capsys, "data: expected images in .*, found none")
+
+    def assert_refused(self, folder, capsys, message):
+        command = ["prepare", str(folder / "a.zip"), "--out", str(folder / "a")]
+        assert re.search(message, refused(command, folder, capsys))

@@ -75,12 +75,9 @@ class TestFile:
         ("text", "message"),
         [
             ("", "expected the list of a run's images"),
-            ("a,b\n1,2\n", "expected the list of a run's images"),
             ("name,part,digest\n", "expected at least one image"),
             ("name,part,digest\na,0,0123456789abcdef\nb,2,01234", "row 3: expected a name, a part"),
             ("name,part,digest\na,3,0123456789abcdef\n", "row 2: expected a name, a part"),
-            ("name,part,digest\na,0,0123456789ABCDEF\n", "row 2: expected a name, a part"),
-            ("name,part,digest\n\na,0,0123456789abcdef\n", "row 2: expected a name, a part"),
             ('name,part,digest\n"a,0,0123456789abcdef\n', "expected the list of a run's images"),
             ("name,part,digest\n" + 2 * "a,0,0123456789abcdef\n", "different names"),
             ("x" * 200_000, "expected the list of a run's images"),
@@ -92,11 +89,10 @@ class TestFile:
         with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
             Manifest.read(path)
         assert message in str(caught.value)
-
-    def test_a_missing_file_or_a_folder(self, tmp_path):
-        for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(ValueError, match=re.escape(str(path))):
-                Manifest.read(path)
+        path.unlink()
+        for unreadable in (path, tmp_path):  # no file, and a folder
+            with pytest.raises(ValueError, match=re.escape(str(unreadable))):
+                Manifest.read(unreadable)
 
 
 class TestData:
@@ -137,8 +133,3 @@ class TestData:
             (tmp_path / "f" / f"{name}.png").rename(tmp_path / "g" / f"{name}-copy.png")
         found = load_evaluation_set(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
         assert found.tolist() == (splits.manifest.parts[:3] == 0).tolist()
-
-    def test_digits_have_a_manifest(self):
-        splits = load_splits("digits")
-        assert splits.manifest.difference(load_splits("digits").manifest) is None
-        assert len(splits.held_out_by(splits.manifest)) == len(splits.test) == 500

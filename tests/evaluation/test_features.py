@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -56,10 +57,7 @@ class TestNetwork:
             whole.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
             whole((images / 255 - mean) / deviation)
         assert_close(found, read[0], terms=512 * 9)
-
-    def test_grey_images_become_three_equal_channels(self, resnet):
-        network = load_feature_network("resnet18", resnet)
-        grey = pixels(1, 1, 8, 8)
+        grey = images[:1, :1, :8, :8]  # becomes three equal channels
         assert torch.equal(network(grey), network(grey.expand(-1, 3, -1, -1)))
 
     def test_inception_pools_as_fid_does(self):
@@ -109,78 +107,83 @@ class TestInception:
         images = pixels(2, 3, 64, 64)
         assert torch.equal(network(images), expected(images))
 
-    def test_evaluate_gives_the_distances_of_torchmetrics(
+    def test_evaluate_compares_held_out_images_with_samples(
         self, inception, run, images, monkeypatch
     ):
         monkeypatch.setattr(report, "TEMPERATURES", (0.7,))
-        assert main(["evaluate", str(run), "--feature-weights", str(inception)]) == 0
+        command = ["evaluate", str(run), "--quick", "--feature-weights", str(inception)]
+        assert main(command) == 0
         (row,) = json.loads((run / "report" / "figures.json").read_text())["samples"]
         assert (row["network"], row["images"]) == ("inception", 2)
-        held_out = load_splits(str(images), 8).test.batch([0, 1]).expand(-1, 3, -1, -1)
+        held_out = load_splits(str(images), 8).test.batch([0, 1])
         (samples,) = report._sample_batches(load_run(str(run), "cpu").model, 2, 0.7, ambient=False)
-        path = {"feature_extractor_weights_path": str(inception)}
-        fid = FrechetInceptionDistance(feature=2048, **path)
-        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
-        kid = KernelInceptionDistance(feature=network, subsets=1, subset_size=2)
-        for metric in (fid, kid):
-            metric.update(held_out, real=True)
-            metric.update(samples.expand(-1, 3, -1, -1), real=False)
-        # The trace has square roots of eigenvalues near 0, which lose half of a float64's digits.
-        assert row["distance"]["fid"] == pytest.approx(fid.compute().item(), rel=1e-7)
-        # torchmetrics sums cubes over 2,048 features in float32.
-        assert row["distance"]["kid"] == pytest.approx(kid.compute()[0].item(), rel=1e-4)
+        network = load_feature_network("inception", inception)
+        expected = feature_distance(network(held_out), network(samples))
+        assert (row["distance"]["fid"], row["distance"]["kid"]) == (expected.fid, expected.kid)
 
 
-class TestBadWeights:
-    def check(self, name, path, text):
-        with pytest.raises(ValueError, match=r"^feature") as raised:
-            load_feature_network(name, path)
-        assert text in str(raised.value)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("resnet19", "features: expected 'inception' or an image classifier"),
+        ("squeezenet1_0", "ends in a linear layer, got 'squeezenet1_0'"),
+        ("resnet34", 'in state_dict: "layer1.2.conv1.weight" and '),
+    ],
+)
+def test_weights_of_another_network(name, text, resnet):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_feature_network(name, resnet)
 
-    def test_missing(self, tmp_path):
-        self.check("inception", tmp_path / "none.pth", "found none at")
 
-    @pytest.mark.parametrize(
-        ("name", "text"),
-        [
-            ("resnet19", "features: expected 'inception' or an image classifier"),
-            ("squeezenet1_0", "ends in a linear layer, got 'squeezenet1_0'"),
-            ("resnet34", 'in state_dict: "layer1.2.conv1.weight" and '),
-        ],
-    )
-    def test_of_another_network(self, name, text, resnet):
-        self.check(name, resnet, text)
+# What a file holds: nothing, bytes, or what torch.save stores, and the words that refuse it.
+BAD_WEIGHTS = [
+    (None, "found none at"),
+    (b"no weights", "of tensors in .*, but "),
+    (resnet18, "holds more than tensors"),  # a function; unpickling it would run code
+    ([torch.zeros(1)], "it holds a list"),
+    ({"fc.weight": torch.zeros(())}, "in state_dict"),
+    ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but the file holds fewer numbers"),
+    ({"fc.weight": torch.empty(9, 9, device="meta")}, "its 'fc.weight' is not a plain"),
+    ({"fc.weight": torch.zeros(9, 9).to_sparse()}, "its 'fc.weight' is not a plain"),
+    ({"fc.weight": torch.zeros(9).to(torch.complex64)}, "its 'fc.weight' is not a plain"),
+    ({"fc.bias": torch.full((9,), torch.nan)}, "has values that are not finite"),
+    ({7: torch.zeros(9)}, "its 7 is not the name"),
+    ({"epoch": 3, "state_dict": {}}, "its 'epoch' is of type int"),
+]
 
-    def test_torn(self, tmp_path):
-        for name in ("a.pth", "a.safetensors"):
-            (tmp_path / name).write_bytes(b"no weights")
-            self.check("resnet18", tmp_path / name, f"of tensors in {tmp_path / name}, but ")
 
-    def test_code_is_not_run(self, tmp_path):
-        torch.save(resnet18, tmp_path / "a.pth")  # a function, not tensors
-        self.check("resnet18", tmp_path / "a.pth", "holds more than tensors")
-        torch.save([torch.zeros(1)], tmp_path / "b.pth")
-        self.check("resnet18", tmp_path / "b.pth", "it holds a list")
+@pytest.mark.parametrize(("content", "text"), BAD_WEIGHTS, ids=[words for _, words in BAD_WEIGHTS])
+def test_files_that_are_torn_or_lie(content, text, tmp_path):
+    paths = [tmp_path / "a.pth"]
+    if isinstance(content, bytes):
+        paths.append(tmp_path / "a.safetensors")
+        for path in paths:
+            path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, paths[0])
+    for path in paths:
+        with pytest.raises(ValueError, match=f"^feature.*{text}"):
+            load_feature_network("resnet18", path)
 
-    @pytest.mark.parametrize(
-        ("state", "text"),
-        [
-            ({"fc.weight": torch.zeros(())}, "in state_dict"),
-            ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but the file holds fewer numbers"),
-            ({"fc.weight": torch.empty(9, 9, device="meta")}, "its 'fc.weight' is not a plain"),
-            ({"fc.weight": torch.zeros(9, 9).to_sparse()}, "its 'fc.weight' is not a plain"),
-            ({"fc.weight": torch.zeros(9).to(torch.complex64)}, "its 'fc.weight' is not a plain"),
-            ({"fc.bias": torch.full((9,), torch.nan)}, "has values that are not finite"),
-            ({7: torch.zeros(9)}, "its 7 is not the name"),
-            ({"epoch": 3, "state_dict": {}}, "its 'epoch' is of type int"),
-        ],
-    )
-    def test_tensors_that_lie(self, state, text, tmp_path):
-        torch.save(state, tmp_path / "a.pth")
-        self.check("resnet18", tmp_path / "a.pth", text)
+
+class Same(torch.nn.Identity):
+    """Gives torchmetrics features in place of images."""
+
+    num_features = 16
 
 
 class TestDistance:
+    def test_it_is_that_of_torchmetrics(self):
+        real, fake = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+        fid = FrechetInceptionDistance(feature=Same())
+        kid = KernelInceptionDistance(feature=Same(), subsets=1, subset_size=40)
+        for metric in (fid, kid):
+            metric.update(real, real=True)
+            metric.update(fake, real=False)
+        found = feature_distance(real, fake)
+        assert found.fid == pytest.approx(fid.compute().item(), rel=1e-5)
+        assert found.kid == pytest.approx(kid.compute()[0].item(), rel=1e-4)
+
     def test_fid_is_that_of_the_gaussians(self):
         generator = torch.Generator().manual_seed(0)
         real = torch.randn(50, 3, generator=generator, dtype=torch.float64)

@@ -15,11 +15,7 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set
 from mflow_kernels.evaluation import likelihood as evaluation
 from mflow_kernels.evaluation import ood
-from mflow_kernels.evaluation.likelihood import (
-    evaluate_model,
-    evaluation_batch_size,
-    importance_weighted_bits,
-)
+from mflow_kernels.evaluation.likelihood import evaluate_model, importance_weighted_bits
 from mflow_kernels.evaluation.ood import (
     SCORES,
     TrainingScores,
@@ -93,11 +89,6 @@ class TestImportanceWeighting:
         # E p = 1 and var p = 0.8, so that log-mean-exp is 0.8 / (2 * 200) below 0 on average.
         error = 4 * (0.8 / 200 / 2000) ** 0.5 + 1e-4
         assert many == pytest.approx(1 + 0.8 / 400 * nats, abs=error * nats)
-
-    def test_large_images_get_small_batches(self):
-        assert evaluation_batch_size((1, 28, 28)) == 100
-        assert evaluation_batch_size((3, 256, 256)) == 21
-        assert evaluation_batch_size((3, 2048, 2048)) == 1
 
 
 class TestScores:

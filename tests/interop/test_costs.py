@@ -32,7 +32,7 @@ def moons():
 
 
 def wide(channels):
-    return freia(channels, 2, 2, blocks=2, learned_householder_permutation=1)
+    return freia(channels, 2, 2, blocks=2, learned_householder_permutation=1, permute_soft=True)
 
 
 LEFT = {
@@ -86,6 +86,9 @@ def test_states_are_rebuilt_where_that_takes_less_memory(blocks, size, rebuilds)
     assert run.sequence.drift is not None
 
 
+@pytest.mark.skipif(
+    hasattr(Fm.ActNorm, "initialize"), reason="the development branch stores an index itself"
+)
 def test_a_fixed_permutation_is_an_index():
     """It multiplies no matrix, and its index follows the matrix that a checkpoint brings."""
     model, other = freia(40, 4, 4), freia(40, 4, 4, blocks=4)
@@ -119,7 +122,11 @@ RUNS = {
     "learned rotations in blocks": [
         (
             Fm.AllInOneBlock,
-            {"subnet_constructor": fully_connected, "learned_householder_permutation": 2},
+            {
+                "subnet_constructor": fully_connected,
+                "learned_householder_permutation": 2,
+                "permute_soft": True,
+            },
         )
     ]
     * 2,

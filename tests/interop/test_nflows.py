@@ -1,6 +1,6 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
-import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -38,6 +38,12 @@ def halves(n, turned=False):
 def real_nvp(features=4, **rest):
     """nflows.flows.SimpleRealNVP."""
     return SimpleRealNVP(features, hidden_features=8, num_layers=4, num_blocks_per_layer=1, **rest)
+
+
+def of_masks(*masks):
+    """Couplings that change the features where a mask is 1."""
+    couplings = [nt.AffineCouplingTransform(torch.tensor(m), vector_net()) for m in masks]
+    return Flow(nt.CompositeTransform(couplings), StandardNormal([len(masks[0])]))
 
 
 def conditional(features=4):
@@ -110,6 +116,8 @@ MODELS = {
     "real nvp": real_nvp,
     "real nvp, only shifts": lambda: real_nvp(use_volume_preserving=True),
     "real nvp, batch norm between": lambda: real_nvp(batch_norm_between_layers=True),
+    "real nvp of 5": lambda: real_nvp(5),
+    "one of 4": lambda: of_masks([1, -1, -1, -1], [-1, -1, 1, -1]),
     "conditional": conditional,
     "splines": splines,
     "splines of an interval": lambda: splines(4, None),
@@ -134,9 +142,15 @@ def inputs_of(model, dtype, n=16, seed=3):
     return x, c if takes else None
 
 
+# The development branch's NaiveLinear has an inverse. Release 0.14's calls torch.solve, which torch
+# has removed.
+SOLVES = "torch.solve" in inspect.getsource(nt.NaiveLinear)
+# A lambda is the default of the development branch's scale activation, which cannot be pickled.
+PICKLES = not hasattr(nt.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION")
+
+
 def has_inverse(model):
-    """nflows' NaiveLinear needs torch.solve, which torch has removed."""
-    return not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
+    return not SOLVES or not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
 
 
 def results(dtype):
@@ -204,12 +218,10 @@ def test_a_flow_with_naive_linears_round_trips():
     assert model.sample(2, c).isfinite().all()
 
 
-def test_exports_and_infers_shapes():
+def test_infers_shapes_on_the_meta_device():
     model = initialized(images)
     accelerate(model)
-    z, _ = model._transform(inputs_of(model, torch.float32)[0])
-    peers.assert_exports(model._transform.inverse, z.detach())
-    log_prob = copy.deepcopy(model).to("meta").log_prob(torch.empty(3, 1, 8, 8, device="meta"))
+    log_prob = model.to("meta").log_prob(torch.empty(3, 1, 8, 8, device="meta"))
     assert log_prob.shape == (3,)
 
 
@@ -234,7 +246,7 @@ def test_report():
 def test_checkpoints_and_copies():
     model, fast = initialized(images), initialized(images)
     x, _ = inputs_of(model, torch.float32)
-    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x))
+    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x), PICKLES)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +273,6 @@ def test_unsupported_layers_are_left():
         return nt.QRLinear(features, 2)
 
     layers = [
-        nt.AffineCouplingTransform(torch.tensor([1, -1, -1]), vector_net()),
         nt.AffineCouplingTransform(halves(4), vector_net(), unconditional_transform=more),
         nt.SqueezeTransform(3),
         nt.QRLinear(4, 2),
@@ -269,7 +280,7 @@ def test_unsupported_layers_are_left():
     ]
     model = nt.CompositeTransform(layers)
     report = peers.assert_left_alone(model)
-    for why in ("keeps 2 of 3 channels", "leave alone", "by 3, not by 2", "axis 2"):
+    for why in ("leave alone", "by 3, not by 2", "axis 2"):
         assert why in str(report)
 
 
@@ -295,6 +306,7 @@ def test_actnorm_is_set_as_in_nflows_but_for_constant_channels():
     torch.testing.assert_close(z[:, 2], torch.zeros(50))
 
 
+@pytest.mark.skipif(not SOLVES, reason="nflows' own has an inverse")
 def test_naive_linear_has_an_inverse():
     layer = nt.NaiveLinear(4)
     x = torch.randn(5, 4)

@@ -9,19 +9,18 @@ import torch
 from cases import compiles, perturbed
 from torch import Tensor, nn
 
-from layers.bijections import Checkerboard, LeakyReLU, Reversed, TokenCoupling, nflows_spline
+from layers.bijections import LeakyReLU, TokenCoupling
 from layers.chains import assert_all_close, both_gradients, gradients
+from layers.table import LAYERS, TOGETHER, USERS
 from mflow_kernels import (
     ActNorm,
     AffineCoupling,
     Bijection,
     FlowStep,
     InvertibleConv1x1,
-    ManifoldFlow,
     Permutation,
     PixelPairs,
     ReversibleChain,
-    SplineCoupling,
     Split,
     Squeeze,
     Unsqueeze,
@@ -30,88 +29,14 @@ from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.instructions import Join, SplitOff
 from mflow_kernels.testing import assert_close, check_bijection
 
-Layers = Callable[[], list[nn.Module]]
-
-
-def pixel_coupling(by: str, channels: int, dims: int) -> list[nn.Module]:
-    coupling = AffineCoupling(2 * channels, width=4, spatial_dims=dims)
-    return [PixelPairs(by), coupling, PixelPairs(by, inverted=True)]  # type: ignore[arg-type]
-
-
-IMAGE, TOKENS, VECTOR = (2, 4, 4, 4), (2, 4, 6), (3, 4)
-ALONE: dict[str, tuple[Layers, tuple[int, ...]]] = {
-    "actnorm": (lambda: [ActNorm(4)], IMAGE),
-    "conv1x1": (lambda: [InvertibleConv1x1(4)], IMAGE),
-    "coupling": (lambda: [AffineCoupling(4, width=4)], IMAGE),
-    "spline": (lambda: [SplineCoupling(4, bins=3, width=4)], IMAGE),
-    "step": (lambda: [FlowStep(4, width=4)], IMAGE),
-    "spline step": (lambda: [FlowStep(4, width=4, coupling="spline", bins=3)], IMAGE),
-    "squeeze": (lambda: [Squeeze()], IMAGE),
-    "unsqueeze": (lambda: [Unsqueeze()], IMAGE),
-    "channels": (lambda: [Permutation([2, 0, 3, 1])], IMAGE),
-    "pixels": (lambda: [Permutation(torch.randperm(16), axis="pixels")], IMAGE),
-    "checkerboard": (lambda: pixel_coupling("checkerboard", 4, 2), IMAGE),
-    "token halves": (lambda: pixel_coupling("halves", 4, 1), TOKENS),
-    "split": (lambda: [Split(4, width=4)], IMAGE),
-    "uneven split": (lambda: [Split(4, width=4, kept=3)], IMAGE),
-    "split without a prior": (lambda: [Split(4, kept=1, prior=False)], IMAGE),
-    "user's leaky ReLU": (lambda: [LeakyReLU()], IMAGE),
-    "user's ViT coupling": (lambda: [TokenCoupling(4)], TOKENS),
-    "user's checkerboard": (lambda: [Checkerboard(4)], IMAGE),
-    "user's permutation": (lambda: [Reversed()], IMAGE),
-    "nflows' spline": (lambda: [nflows_spline(4)], VECTOR),
-}
-TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
-    "images": (
-        lambda: [
-            *(LeakyReLU(), FlowStep(4, width=4), Checkerboard(4), ActNorm(4)),
-            *(InvertibleConv1x1(4), InvertibleConv1x1(4), Squeeze(), AffineCoupling(16, width=4)),
-            *(AffineCoupling(16, width=4), Reversed(), Split(16, width=4, kept=6), LeakyReLU()),
-            *(Permutation(torch.randperm(6)), AffineCoupling(6, width=4), ActNorm(6)),
-        ],
-        IMAGE,
-    ),
-    "coarse to fine": (
-        lambda: [
-            Squeeze(),
-            FlowStep(16, width=4),
-            Unsqueeze(),
-            *pixel_coupling("checkerboard", 4, 2),
-        ],
-        IMAGE,
-    ),
-    "a chain in a chain": (
-        lambda: [
-            LeakyReLU(),
-            ReversibleChain([FlowStep(4, width=4), Split(4, width=4)]),
-            FlowStep(2, width=4),
-        ],
-        IMAGE,
-    ),
-    "tokens": (
-        lambda: [
-            *(TokenCoupling(4), Permutation(torch.randperm(6), axis="pixels"), TokenCoupling(4)),
-            *pixel_coupling("halves", 4, 1),
-            *(Permutation([1, 3, 0, 2]), AffineCoupling(4, width=4, spatial_dims=1)),
-        ],
-        TOKENS,
-    ),
-    "vectors": (
-        lambda: [
-            *(InvertibleConv1x1(4), nflows_spline(4), FlowStep(4, width=4, spatial_dims=0)),
-            *(SplineCoupling(4, bins=4, width=4, spatial_dims=0), InvertibleConv1x1(4)),
-            SplineCoupling(4, bins=4, width=4, spatial_dims=0),
-            *(nflows_spline(4), Reversed(), ActNorm(4)),
-        ],
-        VECTOR,
-    ),
-}
-every_chain = pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+CHAINS = {name: (lambda make=make: [make()], shape) for name, (make, shape) in LAYERS.items()}
+CHAINS |= USERS | TOGETHER
+every_chain = pytest.mark.parametrize("name", CHAINS)
 
 
 def chain_of(name: str, **options: object) -> tuple[ReversibleChain, Tensor]:
-    make, shape = (ALONE | TOGETHER)[name]
-    if "spline" in name or name == "vectors":
+    make, shape = CHAINS[name]
+    if name in ("nflows' spline", "vectors"):
         pytest.importorskip("nflows")
     torch.manual_seed(0)
     chain = ReversibleChain(make(), input_shape=shape[1:], **options)  # type: ignore[arg-type]
@@ -119,15 +44,20 @@ def chain_of(name: str, **options: object) -> tuple[ReversibleChain, Tensor]:
 
 
 @pytest.mark.skipif(KERNELS_ON_CPU, reason="test_bijection.py runs the kernels of each layer")
-@every_chain
+@pytest.mark.parametrize("name", [*USERS, *TOGETHER])
 def test_round_trip_jacobian_and_logdet(name: str) -> None:
     chain, x = chain_of(name)
     check_bijection(chain, tuple(x.shape))
 
 
-@pytest.mark.parametrize("every", [2] if KERNELS_ON_CPU else [None, 1, 2])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
-@every_chain
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        *((name, 2) for name in CHAINS),
+        *((name, every) for name in TOGETHER for every in (None, 1) if not KERNELS_ON_CPU),
+    ],
+)
 def test_gradients_are_those_of_stored_states(
     name: str, backwards: bool, every: int | None
 ) -> None:
@@ -206,9 +136,13 @@ def test_density_and_samples(name: str) -> None:
 def test_stored_chains_compile_whole(name: str) -> None:
     torch.compiler.reset()
     chain, x = chain_of(name, reversible=False)
-    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
-    want, got = (gradients(chain, x, call=call) for call in (chain, compiled))
-    assert_all_close(got, want, terms=2 * 16 * 64)
+    z = chain(x)[0]
+    latents = tuple(part.detach() for part in (z if isinstance(z, tuple) else (z,)))
+    inverse = lambda *z: chain.inverse(z if len(z) > 1 else z[0])  # noqa: E731
+    for call, inputs in ((chain, (x,)), (inverse, latents)):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        want, got = (gradients(chain, *inputs, call=c) for c in (call, compiled))
+        assert_all_close(got, want, terms=2 * 16 * 64)
 
 
 @compiles
@@ -217,16 +151,6 @@ def test_a_reversible_chain_says_why_it_does_not_compile_whole() -> None:
     chain, x = chain_of("images")
     with pytest.raises(Exception, match="compile with reversible=False, or without fullgraph"):
         torch.compile(chain, backend="aot_eager", fullgraph=True)(x)
-
-
-def test_the_chain_serves_a_manifold_flow() -> None:
-    chain, x = chain_of("images")
-    flow = ManifoldFlow(chain, manifold_dim=8)
-    flow.initialize(x)
-    flow.terms(x).loss.mean().backward()
-    assert all(p.grad is not None for p in chain.parameters())
-    u = flow.encode(x)
-    assert_close(flow.encode(flow.decode(u)), u, terms=1000)
 
 
 def test_neighbours_share_launches() -> None:

@@ -8,46 +8,9 @@ import torch
 from cases import compiles, normal, perturbed
 from torch import Tensor
 
-from layers.chains import levels
-from mflow_kernels import (
-    ActNorm,
-    AffineCoupling,
-    FlowStep,
-    InvertibleConv1x1,
-    ReversibleChain,
-    SplineCoupling,
-    Split,
-    Squeeze,
-)
-from mflow_kernels.ops.scale import ScaleFunction
+from layers.table import LAYERS
 from mflow_kernels.testing import assert_close, check_bijection
 
-GLOWS_SCALE = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
-
-
-LAYERS = {
-    "actnorm, vectors": (lambda: ActNorm(3), (2, 3)),
-    "actnorm, images": (lambda: ActNorm(3), (2, 3, 2, 3)),
-    "conv1x1, vectors": (lambda: InvertibleConv1x1(5), (3, 5)),
-    "conv1x1, volumes": (lambda: InvertibleConv1x1(3), (2, 3, 1, 2, 2)),
-    "coupling, vectors": (lambda: AffineCoupling(5, width=4, spatial_dims=0), (3, 5)),
-    "coupling, signals": (lambda: AffineCoupling(3, width=4, spatial_dims=1), (2, 3, 4)),
-    "coupling, images": (lambda: AffineCoupling(3, width=4, scale=GLOWS_SCALE), (2, 3, 2, 3)),
-    "coupling, volumes": (lambda: AffineCoupling(2, width=4, spatial_dims=3), (2, 2, 2, 1, 2)),
-    "spline coupling, vectors": (
-        lambda: SplineCoupling(5, bins=4, width=4, spatial_dims=0),
-        (3, 5),
-    ),
-    "spline coupling, images": (lambda: SplineCoupling(3, bins=3, width=4), (2, 3, 2, 3)),
-    "split": (lambda: Split(5, width=4), (2, 5, 2, 1)),
-    "squeeze": (Squeeze, (2, 2, 2, 4)),
-    "step": (lambda: FlowStep(3, width=4), (2, 3, 2, 3)),
-    "step, one pixel": (lambda: FlowStep(4, width=4, scale="atan"), (2, 4, 1, 1)),
-    "step, vectors": (lambda: FlowStep(5, width=4, spatial_dims=0, scale="exp"), (2, 5)),
-    "chain": (lambda: ReversibleChain([FlowStep(2, width=3) for _ in range(2)]), (2, 2, 2, 3)),
-    "chain of levels": (levels, (2, 1, 4, 2)),
-    "chain of levels, stored": (lambda: levels(reversible=False), (2, 1, 4, 2)),
-}
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 
 

@@ -7,7 +7,7 @@ from cases import normal, perturbed
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, gradients
-from mflow_kernels import FlowStep, Glow, ManifoldFlow, ReversibleChain, VectorFlow
+from mflow_kernels import FlowStep, Glow, VectorFlow
 from mflow_kernels.layers.networks import coupling_net
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close, check_bijection
@@ -131,22 +131,6 @@ def test_networks_of_a_factory(make, shape):
     flow.log_prob(x, context=context).sum().backward()
     assert all(p.grad is not None for p in flow.parameters())
     assert flow.sample(3, context=context).shape == (3, *shape)
-
-
-def test_a_chain_and_its_steps_take_a_context():
-    chain = ReversibleChain(
-        [FlowStep(3, width=4, spatial_dims=0, context_channels=2) for _ in range(2)],
-        input_shape=(3,),
-    )
-    x, context = normal(4, 3), normal(4, 2)
-    perturbed(chain)
-    value = chain.log_prob(x, context=context)
-    z, logdet = chain(x, context)
-    assert_close(value, logdet + torch.distributions.Normal(0, 1).log_prob(z).sum(1), terms=100)
-    step = chain.layers[0]
-    assert_close(step.inverse(step(x, context)[0], context)[0], x, terms=100)
-    model = ManifoldFlow(chain, 2)
-    assert model.terms(x, context=context).loss.shape == (4,)
 
 
 def glow(**options):

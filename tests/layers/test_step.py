@@ -57,13 +57,6 @@ def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
     torch.testing.assert_close(gradients(), wants, rtol=0, atol=0)
 
 
-def test_one_step_is_a_chain_of_one(device):
-    (step,) = perturbed_steps(4)
-    # Without csrc, torch 2.9 rounds products of a contiguous state and of its copy in another way.
-    x = normal(2, 4, 3, 2, dtype=torch.float64, device=device, layout="channels_last")
-    torch.testing.assert_close(step.to(device)(x), ReversibleChain([step])(x), rtol=0, atol=0)
-
-
 def test_initialize_sets_actnorm_from_its_input():
     steps = [FlowStep(3, width=4) for _ in range(2)]
     for step in steps:
@@ -76,22 +69,6 @@ def test_initialize_sets_actnorm_from_its_input():
         assert (y.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
         x, _ = step(x)
     assert_close(z, x, terms=36)
-
-
-def test_weight_that_cannot_be_inverted():
-    step = FlowStep(3, width=4)
-    with torch.no_grad():
-        step.actnorm.log_scale[0] = 1e3  # e^1000 is infinite
-    z = normal(2, 3, 4, 4)
-    with (
-        torch.no_grad(),
-        pytest.raises(
-            ValueError, match="expected an invertible matrix, got one that is not finite"
-        ),
-    ):
-        step.inverse(z)
-    # With gradients there is no check, because a check would wait for the device.
-    assert step.inverse(z)[0].isnan().all()
 
 
 @compiles

@@ -7,14 +7,7 @@ from cases import normal, perturbed
 from torch import nn
 
 from mflow_kernels import Glow, VectorFlow
-from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close, check_bijection
-
-SETUPS = {
-    "one level, one channel": ((1, 2, 4), 1, 1),
-    "two levels, colour": ((3, 4, 8), 2, 2),
-    "three levels, odd multiples": ((1, 8, 24), 3, 1),
-}
 
 
 @pytest.mark.parametrize(
@@ -34,22 +27,10 @@ def test_latent_shapes(shape, levels, expected):
     assert logdet.shape == (2,)
 
 
-@pytest.mark.parametrize("scale", ["tanh", ScaleFunction("sigmoid", eps=1e-3)], ids=str)
-@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-def test_round_trip(setup, scale, device):
-    shape, levels, steps = setup
-    glow = perturbed(Glow(shape, levels, steps, 4, scale=scale), 0.05).double().to(device)
-    x = normal(3, *shape, dtype=torch.float64, device=device)
-    glow.initialize(x)
-    z, logdet = glow(x)
-    back, negative = glow.inverse(z)
-    # About ten operators per level round; sigmoid may shrink a state, and the inverse stretches it.
-    assert_close(back, x, terms=10_000, scale=100.0)
-    assert_close(negative, -logdet, terms=10_000, scale=logdet.abs().max().item())
-
-
 @pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize("setup", [((1, 2, 4), 1, 2), ((1, 4, 4), 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "setup", [((1, 2, 4), 1, 2), ((1, 4, 4), 2, 1), ((1, 8, 8), 3, 1)], ids=str
+)
 def test_jacobian(setup, reversible, device):
     shape, levels, steps = setup
     glow = Glow(shape, levels, steps, 3, reversible=reversible).to(device)
@@ -63,28 +44,6 @@ def test_a_new_flow_only_rotates():
     assert_close(logdet, torch.zeros(2), scale=1.0, terms=10_000)
     norms = torch.stack([part.square().flatten(1).sum(1) for part in z]).sum(0)
     assert_close(norms, x.square().flatten(1).sum(1), terms=192)
-
-
-def test_initialize_once_then_load():
-    glow, x = perturbed(Glow((1, 4, 4), 1, 2, 4)), 2 + 3 * normal(32, 1, 4, 4)
-    glow.initialize(x)
-    state = copy.deepcopy(glow.state_dict())
-    loaded = Glow((1, 4, 4), 1, 2, 4)
-    loaded.load_state_dict(state)
-    for model in (glow, loaded):
-        model.initialize(10 * x)
-        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-
-
-def test_initialized_flow_sees_standard_channels():
-    """A new coupling is the identity, so z is a rotation of the channels after actnorm.
-
-    These have mean 0 and variance 1. The means of z are then 0, and its covariance has trace C.
-    """
-    glow, x = Glow((1, 4, 4), 1, 1, 4), 5 + 3 * normal(64, 1, 4, 4)
-    (z,), _ = glow.initialize(x)
-    assert_close(z.mean((0, 2, 3)), torch.zeros(4), terms=256, scale=x.abs().max().item())
-    assert_close(z.square().mean((0, 2, 3)).sum(), torch.tensor(4.0), terms=256)
 
 
 def test_copies_and_pickles_after_training():
@@ -135,42 +94,35 @@ def test_inputs_of_wrong_shapes(shape):
         VectorFlow(3, 1, 4)(normal(*shape))
 
 
-def test_latents_of_wrong_shapes_or_types():
-    glow = Glow((1, 4, 4), 2, 1, 2)
-    fine, coarse = glow(normal(2, 1, 4, 4))[0]
-    shapes = r"z: expected latents of shapes \(\(2, 2, 2\), \(8, 1, 1\)\), got"
-    for z, error, message in (
-        ((coarse, fine), ValueError, shapes),
-        ((fine,), ValueError, shapes),
-        (
-            (fine, normal(3, 8, 1, 1)),
-            ValueError,
-            r"z\[0\]: expected shape \(3, 2, 2, 2\), got \(2,",
-        ),
-        (fine, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
-    ):
-        with pytest.raises(error, match=message):
-            glow.inverse(z)
+X, FINE, COARSE = torch.zeros(2, 1, 4, 4), torch.zeros(2, 2, 2, 2), torch.zeros(2, 8, 1, 1)
+SHAPES = r"z: expected latents of shapes \(\(2, 2, 2\), \(8, 1, 1\)\), got"
+DTYPE = "expected the model's dtype float32, got"
 
 
-def test_inputs_of_wrong_dtypes_or_devices():
-    glow = Glow((1, 4, 4), 2, 1, 2)
-    x = normal(2, 1, 4, 4)
-    with pytest.raises(TypeError, match=r"x: expected dtype float.*got uint8"):
-        glow(x.to(torch.uint8))
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
-        glow(x.numpy())
-    z, _ = glow(x)
-    for dtype in ("float64", "float16", "bfloat16"):
-        message = f"expected the model's dtype float32, got {dtype}"
-        with pytest.raises(TypeError, match=f"x: {message}"):
-            glow.initialize(x.to(getattr(torch, dtype)))
-        with pytest.raises(TypeError, match=rf"z\[1\]: {message}"):
-            glow.inverse((z[0], z[1].to(getattr(torch, dtype))))
-    with pytest.raises(ValueError, match="x: expected the model's device cpu, got meta"):
-        glow(x.to("meta"))
+@pytest.mark.parametrize(
+    ("call", "given", "error", "message"),
+    [
+        ("inverse", (COARSE, FINE), ValueError, SHAPES),
+        ("inverse", (FINE,), ValueError, SHAPES),
+        ("inverse", (FINE[:1], COARSE), ValueError, r"z\[0\]: expected shape \(2, 2, 2, 2\), got"),
+        ("inverse", FINE, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
+        ("forward", X.byte(), TypeError, r"x: expected dtype float.*got uint8"),
+        ("forward", X.numpy(), TypeError, r"x: expected a torch.Tensor, got ndarray"),
+        ("forward", X.to("meta"), ValueError, "x: expected the model's device cpu, got meta"),
+        ("initialize", X.double(), TypeError, f"x: {DTYPE} float64"),
+        ("initialize", X.half(), TypeError, f"x: {DTYPE} float16"),
+        ("inverse", (FINE, COARSE.double()), TypeError, rf"z\[1\]: {DTYPE} float64"),
+        ("inverse", (FINE, COARSE.bfloat16()), TypeError, rf"z\[1\]: {DTYPE} bfloat16"),
+    ],
+)
+def test_states_that_do_not_fit(call, given, error, message):
+    with pytest.raises(error, match=message):
+        getattr(Glow((1, 4, 4), 2, 1, 2), call)(given)
+
+
+def test_autocast_takes_bfloat16_images():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert glow(x.bfloat16())[1].isfinite().all()
+        assert Glow((1, 4, 4), 2, 1, 2)(X.bfloat16())[1].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Preprocessing of images, which is exactly that of training, and bits per dimension."""
 
-import math
 import warnings
 
 import numpy as np
@@ -93,20 +92,11 @@ def test_arrays_and_single_images():
     assert double.preprocess(image).dtype == torch.float64
 
 
-def test_bits_per_dim_of_images():
-    flow, images = model(), [photo(0), photo(1)]
-    bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
-    x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
-    expected = bits_per_dimension(flow.log_prob(x), math.prod(flow.input_shape), 5)
-    assert torch.equal(bits, expected)
-    assert bits.shape == (2,)
-    assert not bits.requires_grad
-
-
 MODELS = {
     "glow": lambda: Glow((3, 8, 8), 1, 1, 4),
     "chain": lambda: ReversibleChain([Squeeze(), FlowStep(12, width=4)], input_shape=(3, 8, 8)),
     "manifold of a chain": lambda: ManifoldFlow(MODELS["chain"](), 5),
+    "hierarchy": model,
 }
 
 
@@ -117,6 +107,7 @@ def test_every_model_of_images(name):
     x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
     bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
     assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), 3 * 8 * 8, 5))
+    assert not bits.requires_grad
     back = flow.postprocess(flow.preprocess(images))
     assert [(image.mode, image.size) for image in back] == [("RGB", (8, 8))] * 2
     assert torch.equal(flow.preprocess(back), flow.preprocess(images))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases import compiles, normal, perturbed
 from torch import Tensor, nn
 
-from mflow_kernels import Jet, ManifoldFlow, ManifoldObjective, Permutation
+from mflow_kernels import Jet, Permutation
 from mflow_kernels.models.jet import TokenNetwork
 from mflow_kernels.testing import assert_close, check_bijection
 
@@ -177,13 +177,6 @@ def test_the_seed_orders_the_channels_and_weights_carry_the_order():
     assert torch.equal(first(x)[0][0], other(x)[0][0])
 
 
-def test_couplings_split_channels_and_squares():
-    first, second, white, _, _, black = PlainJet(Jet((3, 8, 8), 2, 6, 1, 8, 2)).read
-    assert first.sum() == second.sum() == white.sum() == first.numel() / 2
-    assert not torch.equal(first, second)
-    assert torch.equal(white, ~black)
-
-
 def test_memory_is_flat_in_the_number_of_couplings():
     """The backward pass of a reversible flow holds the activations of one network."""
 
@@ -226,33 +219,6 @@ def test_64_couplings(autocast):
     assert (back - x).abs().max() < 64 * error
     assert jet.chain.drift < 64 * error
     assert (negative + logdet).abs().max() < 64 * error * z[0].numel()
-
-
-@pytest.mark.parametrize("reversible", [True, False])
-def test_transforms(reversible, device):
-    """torch.func.vmap of the flow, its gradient and its tangents agrees with a batch."""
-    jet = perturbed(Jet((1, 4, 4), 2, 4, 1, 8, 2, reversible=reversible)).double().to(device)
-    x = normal(3, 1, 4, 4, dtype=torch.float64, device=device).requires_grad_()
-    (z,), logdet = jet(x)
-    (grad,) = torch.autograd.grad(logdet.sum(), x)
-    mapped = torch.func.vmap(jet)(x[:, None])
-    grads = torch.func.vmap(torch.func.grad(lambda x: jet(x)[1].sum()))(x[:, None])
-    direction = normal(3, 1, 4, 4, dtype=torch.float64, device=device)
-    _, tangent = torch.func.jvp(lambda x: jet(x)[1], (x.detach(),), (direction,))
-    wants = [z, logdet, grad, (grad * direction).flatten(1).sum(1)]
-    for got, want in zip([*mapped[0], mapped[1], grads, tangent], wants, strict=True):
-        assert_close(got.reshape(want.shape), want, terms=10_000)
-
-
-def test_a_manifold_flow_on_a_jet():
-    jet = perturbed(Jet((1, 4, 4), 2, 4, 1, 8, 2)).double()
-    flow = ManifoldFlow(jet, 5, objective=ManifoldObjective("data", weight=10.0))
-    x = normal(2, 1, 4, 4, dtype=torch.float64)
-    flow.initialize(x)
-    flow.terms(x).loss.mean().backward()
-    assert all(p.grad is not None for p in jet.parameters())
-    with torch.no_grad():
-        assert flow.manifold_log_prob(x).value.isfinite().all()
 
 
 @compiles

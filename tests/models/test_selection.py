@@ -8,7 +8,6 @@ from mflow_kernels import (
     Glow,
     ManifoldFlow,
     ManifoldObjective,
-    VectorFlow,
     estimate_intrinsic_dimension,
     latent_importance,
     manifold_mask_from_data,
@@ -67,35 +66,6 @@ def test_the_spectrum_agrees_with_autograds_jacobians():
     singular = torch.stack([torch.linalg.svdvals(jacobian[i, :, i]) for i in range(3)])
     expected = (1 / singular).flip(1).log().mean(0).exp()
     assert_close(estimate_intrinsic_dimension(flow, x).spectrum, expected, terms=10_000)
-
-
-def trained(data, dim, steps):
-    """Return a small flow after some steps of maximum likelihood."""
-    flow = VectorFlow(dim, 6, 32)
-    flow.initialize(data(512))
-    model = ManifoldFlow(flow, dim)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model.terms(data(256)).loss.mean().backward()
-        optimizer.step()
-    return flow
-
-
-def test_the_dimension_of_a_curved_surface_is_found():
-    """The data is a noisy paraboloid in five dimensions, rotated at random."""
-    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
-    generator = seeded(1)
-
-    def data(n):
-        ab = torch.randn(n, 2, generator=generator)
-        points = torch.cat([ab, (ab.square().sum(1, True) - 2) / 2, torch.zeros(n, 2)], 1)
-        return points @ rotation + 0.02 * torch.randn(n, 5, generator=generator)
-
-    flow = trained(data, 5, 300)
-    estimate = estimate_intrinsic_dimension(flow, data(64))
-    assert estimate.dimension == 2
-    assert estimate.gap > 3
 
 
 def test_importance_is_the_change_of_the_reconstruction():

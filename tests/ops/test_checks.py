@@ -40,6 +40,9 @@ for name, shape in SHAPES.items():
     if name != "x":
         elsewhere = torch.ones(shape, device="meta")
         BAD.append((name, elsewhere, ValueError, "expected device cpu, got meta"))
+for name in ("params", "numbers", "numbers_b"):
+    message = "expected a dtype no wider .*float32, got float64"
+    BAD.append((name, torch.ones(SHAPES[name]).double(), TypeError, message))
 for name, wrong in {
     "params": [(2, 6, 3, 5), (2, 4, 5, 3), (1, 4, 3, 5), (2, 4, 3)],
     "numbers": [(2, 46, 3, 5), (2, 92, 5, 3)],

@@ -1,6 +1,5 @@
 """Launches through Triton's own path, without a GPU: what they compile, and on which device."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -128,56 +127,3 @@ def test_kernels_are_launched_in_one_place():
         if "_kernel[" in line or "kernel[grid]" in line or ".run(grid" in line
     ]
     assert set(found) == {"launch.py"}
-
-
-def kernel_functions():
-    """The syntax trees of all functions that Triton compiles."""
-    folder = Path(__file__).parents[2] / "mflow_kernels"
-    for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                decorators = map(ast.unparse, node.decorator_list)
-                if any("triton.jit" in decorator for decorator in decorators):
-                    yield node
-
-
-def kernel_code():
-    """All nodes of these trees."""
-    for function in kernel_functions():
-        yield from ast.walk(function)
-
-
-def test_a_kernel_has_few_arguments():
-    """The host binds each argument at each launch. A state and its strides are one argument."""
-    counts = {function.name: len(function.args.args) for function in kernel_functions()}
-    assert "_rebuild_conv1x1_kernel" in counts
-    assert {name: count for name, count in counts.items() if count > 24} == {}
-
-
-def test_no_kernel_compares_a_state_with_none():
-    """Triton 3.5 and 3.6 do not compile that: a tuple that holds None has no type there. A kernel
-    compares the state's tensor, `x[0]`."""
-    compared = [
-        ast.unparse(node.left)
-        for node in kernel_code()
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot))
-    ]
-    assert {"true_b[0]", "dnet[0]"} <= set(compared)
-    # All other names stand for one tensor without strides, for one stride or for a constant.
-    others = {name for name in compared if "[" not in name}
-    constants = {"GROUPS", "SCALE", "SPLINE.tails", "stride"}
-    assert others == {*constants, "bias", "dw1", "dw2", "dw3", "h1", "h2"}
-
-
-def test_no_constant_of_a_kernel_is_computed_by_min_or_cdiv():
-    """In Triton 3.5 and 3.6, `min` and `tl.cdiv` of constants make tensors, and arithmetic with
-    them does not compile."""
-    constants = [node for node in kernel_code() if isinstance(node, ast.AnnAssign)]
-    assert {ast.unparse(node.annotation) for node in constants} == {"tl.constexpr"}
-    called = [
-        ast.unparse(node.func)
-        for constant in constants
-        for node in ast.walk(constant)
-        if isinstance(node, ast.Call)
-    ]
-    assert not set(called) & {"min", "max", "tl.cdiv"}

@@ -57,11 +57,19 @@ def test_gradcheck(op, device):
 
 
 @compiles
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.float32, "channels_last"),
+        (torch.bfloat16, "contiguous"),  # CPUs have no loop for it
+    ],
+    ids=str,
+)
 @every
-def test_compiles_whole(op, layout, device):
+def test_compiles_whole(op, dtype, layout, device):
     torch.compiler.reset()
-    inputs = sample(op, (2, 5, 3, 4), device=device, layout=layout)
+    inputs = sample(op, (2, 5, 3, 4), (dtype, dtype), device, layout)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     for got, expected in zip(run(op, inputs, compiled), run(op, inputs), strict=True):
         torch.testing.assert_close(got, expected)

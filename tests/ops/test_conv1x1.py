@@ -3,33 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, FLOW_OPERATORS, assert_matches, launched, normal, on_tensor_cores, sample
-from torch.torch_version import TorchVersion
+from cases import DTYPES, FLOW_OPERATORS, assert_matches, normal, on_tensor_cores, sample
 
 from benchmarks.harness.inputs import rotation
 from mflow_kernels import ops
-from mflow_kernels.ops import channel_products
-from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, invert, spread
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]
-
-
-@triton.jit
-def _places_kernel(places, C: tl.constexpr, BLOCK_O: tl.constexpr):
-    tile, block = channel_products.tile_and_block(C, BLOCK_O)
-    tl.store(places + 2 * tl.program_id(0), tile)
-    tl.store(places + 2 * tl.program_id(0) + 1, block)
-
-
-def test_blocks_of_one_tile_run_next_to_each_other(kernel_device):
-    """Above C = 128 each block of output channels reads the tile's state. Neighbouring programs run
-    at about the same time, so the second finds it in the L2 cache."""
-    places = torch.empty(3 * 2, 2, dtype=torch.int32, device=kernel_device)
-    _places_kernel[(6,)](places, C=200, BLOCK_O=channel_products.conv1x1_tile(200).block_o)
-    assert places.tolist() == [[tile, block] for tile in range(3) for block in range(2)]
 
 
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
@@ -149,18 +131,3 @@ def test_precision(precision, channels, device):
             assert (a - b).abs().max() < 2**-10 * b.abs().max() * 4
         else:
             assert_close(a, b, terms=terms)
-
-
-def test_no_product_is_a_batch_of_one_before_triton_3_9():
-    """It would spill up to 8 KB a thread."""
-    tile = channel_products.weight_gradient_tile(48, torch.float32)
-    assert (tile.groups is None) == (TorchVersion(triton.__version__) < "3.9")
-
-
-@pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 2)])
-def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch, precision, stages):
-    """A second stage overwrites dy while the product of sm_90 reads it (PTX shows the race)."""
-    seen = launched(channel_products, monkeypatch)
-    x = torch.ones(2, 96, 4, 4)
-    channel_products.launch_weight_gradient(x, None, x, x.new_empty(1, 96, 96), precision)
-    assert seen["_weight_gradient_kernel"]["num_stages"] == stages

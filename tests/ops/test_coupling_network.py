@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, OPCHECKS, Calls, launched, normal, on_tensor_cores
+from cases import LAYOUTS, OPCHECKS, Calls, normal, on_tensor_cores
 from torch import Tensor
 
 from mflow_kernels.ops import coupling_network as module
@@ -125,16 +125,6 @@ def assert_matches(given: list[Tensor]) -> None:
     assert x.dim() == 2 or got[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_unfenced_copies_are_not_pipelined(monkeypatch) -> None:
-    """Before Triton 3.7.1 a product may read an asynchronous copy before it has arrived."""
-    monkeypatch.setattr(launches, "FENCES_COPIES", False)
-    seen = launched(launches, monkeypatch)
-    given = [t.detach() for t in sample((1, 2, 3, 3), 16, 4, torch.bfloat16, torch.device("cpu"))]
-    x, w1, b1, w2, b2, w3, b3 = given
-    launch_network(x, pack(x, w1, w2, w3), b1, b2, b3, True)
-    assert seen["_network_kernel"]["num_stages"] == 1
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(kernel_device: torch.device, case: Case, dtype: torch.dtype) -> None:
@@ -166,22 +156,6 @@ def test_programs_of_the_two_backward_launches(
 
     monkeypatch.setattr(launches, "partial_sums", few)
     assert_matches(sample(*case, torch.bfloat16, kernel_device))
-
-
-def test_programs_fill_the_card_and_sums_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    def programs(card: int, pixels: int, width: int, numbers: int) -> int:
-        monkeypatch.setattr(tiles, "multiprocessors", lambda device: card)
-        s = Shape(pixels, 8, 8, 6, 12, width, 9, 2)
-        tile = tiles.Tile(64, 128, 64, 0, 8)
-        return tiles.splits(s, tile, numbers, torch.device("cpu"))
-
-    assert programs(132, 2**20, 512, 0) == 66  # two for each of 132 multiprocessors, in 4 blocks
-    assert programs(132, 2**20, 512, 10**5) == 33  # one
-    assert programs(108, 2**20, 512, 10**5) == 27
-    assert programs(132, 2**13, 512, 10**5) == 8  # 1,024 pixels each
-    assert programs(132, 2**13, 512, 2**19) == 2  # half the 8 MiB of a hidden tensor
-    assert programs(132, 1, 512, 10**5) == 1
-    assert programs(132, 130, 512, 0) == 3  # one for each tile
 
 
 def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,36 +83,41 @@ def test_serves_what_the_loops_can_read():
     assert seen == [False]
 
 
-def test_loops_refuse_what_they_would_misread():
-    x, params, dy, dlogdet = *(normal(2, 6, 5, 4) for _ in range(3)), normal(2)
-    scale = ScaleFunction("tanh")
-    with pytest.raises(ValueError, match="twice the half's channels"):
-        cpu.couple(x, params[:, :4], scale, False)
-    with pytest.raises(ValueError, match="one shape"):
-        cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
-    halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
-    sums = cpu.sums(x, weight[None])
-    with pytest.raises(ValueError, match="one stride for all pixels"):
-        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3), *sums)
-    with pytest.raises(ValueError, match="one shape, and halves"):
-        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x), *sums)
-    with pytest.raises(ValueError, match="weights of the state's channels"):
-        cpu.conv1x1(x, weight[None, 1:], normal(1, 6), None)
-    with pytest.raises(ValueError, match="weights of the state's dtype"):
-        cpu.conv1x1(x, weight[None].double(), normal(1, 6), None)
-    with pytest.raises(ValueError, match="1 to 128 channels"):
-        cpu.conv1x1(normal(2, 129), rotation(129)[None], normal(1, 129), None)
-    ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
-    with pytest.raises(ValueError, match="state's dtype"):
-        cpu._C.couple(1, x, params, y, ledger, scale.args, False)
-    with pytest.raises(ValueError, match="float32 or float64"):
-        cpu.couple(x.half(), params, scale, False)
-    bare = torch.empty(2, 0, 5, 4)
-    with pytest.raises(ValueError, match="1 to 128 channels"):
-        cpu.conv1x1(bare, rotation(0)[None], normal(1, 0), None)
-    with pytest.raises(ValueError, match="unknown scale function relu"):
-        cpu._C.couple(1, x, params, torch.empty_like(x), ledger,
-                          ("relu", *scale.args[1:]), False)  # fmt: skip
+X, PARAMS, DY, WEIGHT, BIAS = *(torch.zeros(2, 6, 5, 4),) * 3, torch.eye(6)[None], torch.zeros(1, 6)
+HALVES, TANH = (X[:, :3], X[:, 3:]), ScaleFunction("tanh")
+
+
+def conv1x1_backward(net: Tensor | None, dx: Tensor) -> object:
+    return cpu.conv1x1_backward(
+        *(HALVES, HALVES, net, WEIGHT[0], None, None, dx), *cpu.sums(X, WEIGHT)
+    )
+
+
+def couple(y: Tensor, options: tuple[Any, ...]) -> object:
+    return cpu._C.couple(1, X, PARAMS, y, X.new_empty(2, 1), options, False)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: cpu.couple(X, PARAMS[:, :4], TANH, False), "twice the half's channels"),
+        (lambda: cpu.couple_backward(DY[:1], X[:, 0, 0, 0], X, PARAMS, TANH, False), "one shape"),
+        (lambda: cpu.couple(X.half(), PARAMS, TANH, False), "float32 or float64"),
+        (lambda: couple(X.double(), TANH.args), "state's dtype"),
+        (lambda: couple(X, ("relu", *TANH.args[1:])), "unknown scale function relu"),
+        (lambda: conv1x1_backward(None, X.transpose(2, 3)), "one stride for all pixels"),
+        (lambda: conv1x1_backward(X, torch.empty_like(X)), "one shape, and halves"),
+        (lambda: cpu.conv1x1(X, WEIGHT[:, 1:], BIAS, None), "weights of the state's channels"),
+        (lambda: cpu.conv1x1(X, WEIGHT.double(), BIAS, None), "weights of the state's dtype"),
+        (lambda: cpu.conv1x1(X[:, :0], WEIGHT[:, :0, :0], BIAS[:, :0], None), "1 to 128 channels"),
+        (lambda: cpu.conv1x1(torch.zeros(2, 129), torch.eye(129)[None], torch.zeros(1, 129), None),
+         "1 to 128 channels"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_loops_refuse_what_they_would_misread(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 # Views of a state of (N, C, H, W), each in a layout that torch allows and no model uses.

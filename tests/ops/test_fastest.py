@@ -70,13 +70,6 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert json.loads(file.read_text())[key] == "kernels"
 
 
-def test_a_known_choice_costs_little(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call of a network asks for it."""
-    assert choose("a", took(1.0), took(2.0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("asked again"))
-    assert choose("a", never, never)
-
-
 def test_candidates_are_timed_on_their_own_device(file: Path) -> None:
     """Triton's timer records events on the current device, which may be another one."""
 

@@ -5,22 +5,33 @@ from itertools import product
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, normal, not_about_kernels, sample
+from cases import (
+    DIFFERENTIABLE,
+    FLOW_OPERATORS,
+    IMAGES,
+    IN_PLACE,
+    LAYOUTS,
+    launched,
+    normal,
+    not_about_kernels,
+    sample,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.harness.inputs import Draw
+from mflow_kernels.ops import channel_products, coupling_network_launches
 from mflow_kernels.ops.actnorm import _actnorm_bwd_kernel
 from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.compiler import tl
 from mflow_kernels.ops.coupling import _coupling_fwd_kernel
+from mflow_kernels.ops.coupling_conv1x1 import launch_coupling_conv1x1_backward
 from mflow_kernels.ops.coupling_network_kernels import _network_kernel
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels, strides
 from mflow_kernels.ops.logdet import _accumulate_kernel
-from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
     _rebuild_conv1x1_wide_kernel,
 )
-from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import tile_columns
 from mflow_kernels.ops.written import written_arguments
@@ -61,10 +72,6 @@ def test_in_layout_of(layout):
     assert y.stride() == torch.empty_like(x).stride()
     fitting = torch.empty_like(x)
     assert in_layout_of(x, fitting) is fitting
-
-
-def test_an_empty_batch_has_no_tile():
-    assert tile_columns(0, 5, 16).programs == 0
 
 
 def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
@@ -135,31 +142,48 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, op, device):
         assert a.stride() == b.stride()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rebuilding_fake_tensors_launches_nothing(monkeypatch, device):
-    refuse_cuda(monkeypatch)
-    with FakeTensorMode():
-        half = torch.empty(4, 6, 8, 8, device=device).to(memory_format=torch.channels_last)
-        params = torch.empty(4, 12, 8, 8, device=device).to(memory_format=torch.channels_last)
-        dlogdet, bias = torch.empty(4, device=device), torch.empty(12, device=device)
-        weight = torch.empty(12, 12, device=device)
-        b = rebuild_coupling(half, half, dlogdet, params, scale=ScaleFunction(), inverse=False)
-        found = rebuild_conv1x1(
-            y=(half, b.y_b),
-            dy=(half, b.dy_b),
-            dnet=None,
-            weight=weight,
-            weight_inverse=weight,
-            bias=bias,
-            net_dtype=None,
-            channels_last=True,
-            separate_halves=True,
-            outer_sum=torch.empty(1, 12, 12, device=device),
-            dbias=torch.empty(1, 12, device=device),
-        )
-    for y in (*found.x, *found.dx):
-        assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
-    assert (b.dparams.shape, b.dparams.stride()) == (params.shape, params.stride())
+def launch_a_network(x, weight, precision):
+    """Its precision is always that of bfloat16."""
+    drawn = DIFFERENTIABLE["coupling_network"].draw(Draw((1, 4, 3, 3), width=16))
+    x, w1, b1, w2, b2, w3, b3 = (t.detach().bfloat16() for t in drawn.values())
+    packed = coupling_network_launches.pack(x, w1, w2, w3)
+    coupling_network_launches.launch_network(x, packed, b1, b2, b3, True)
+
+
+PRODUCTS = {
+    "_conv1x1_kernel": lambda x, w, how: channel_products.launch_conv1x1(x, w[0], None, how),
+    "_coupling_conv1x1_bwd_kernel": lambda x, w, how: launch_coupling_conv1x1_backward(
+        x, None, x[:, :1, 0, 0], x, x, w, how, ScaleFunction("tanh"), False
+    ),
+    "_weight_gradient_kernel": lambda x, w, how: channel_products.launch_weight_gradient(
+        x, None, x, w, how
+    ),
+    "_network_kernel": launch_a_network,
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "precision", "stages"),
+    [
+        *(("_conv1x1_kernel", "tf32", 1), ("_conv1x1_kernel", "tf32x3", 3)),
+        *(
+            ("_coupling_conv1x1_bwd_kernel", "tf32", 1),
+            ("_coupling_conv1x1_bwd_kernel", "tf32x3", 3),
+        ),
+        *(("_weight_gradient_kernel", "tf32", 1), ("_weight_gradient_kernel", "tf32x3", 2)),
+        ("_network_kernel", "bfloat16", 1),
+    ],
+)
+def test_loops_that_would_race_are_not_pipelined(monkeypatch, kernel, precision, stages):
+    """Before Triton 3.7.1 an asynchronous product may read a copy before it has arrived. In every
+    version, a second stage overwrites dy while the product of dW reads it (PTX shows the race)."""
+    seen = []
+    for module in (channel_products, coupling_network_launches):
+        seen.append(launched(module, monkeypatch))
+        monkeypatch.setattr(module, "FENCES_COPIES", False)
+    # 128 channels take four turns of the loop, so that a pipeline has all its stages.
+    PRODUCTS[kernel](torch.ones(2, 128, 2, 2), torch.ones(1, 128, 128), precision)
+    assert (seen[0] | seen[1])[kernel]["num_stages"] == stages
 
 
 def refuse_cuda(monkeypatch):

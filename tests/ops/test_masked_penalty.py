@@ -120,17 +120,6 @@ def test_masks_and_weights_broadcast(device: torch.device, dtype: torch.dtype, l
                 assert_matches(x, mask=mask, weight=0.3 if weight is None else weight)
 
 
-def test_mask_in_another_memory_format(device: torch.device) -> None:
-    shape = (2, 12, 17, 9)
-    for of_x in LAYOUTS.values():
-        for of_mask in LAYOUTS.values():
-            x = of_x(random(shape, torch.float32, device, 0))
-            mask = of_mask(random(shape, torch.float32, device, 1)) > 0
-            assert_matches(
-                x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs()
-            )
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -148,13 +137,6 @@ def test_sizes(device: torch.device, shape: tuple[int, ...]) -> None:
     assert_matches(
         x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs()
     )
-
-
-def test_more_axes_than_the_kernels_walk(device: torch.device) -> None:
-    shape = (2, 3, 2, 3, 2, 4)
-    x = random(shape, torch.float32, device, 0).transpose(1, 4)
-    mask = random((2, 2, 1, 3, 1, 4), torch.float32, device, 1) > 0
-    assert_matches(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,30 +236,6 @@ def test_second_derivatives(device: torch.device) -> None:
     assert_close(hessian.detach().reshape(x.numel(), -1), want)
 
 
-@pytest.mark.parametrize("by", ["extension", "reference"])
-def test_unknown_rho_has_no_formula(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_extension(by, monkeypatch)
-    x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=r"rho.* l3|'l3'"):
-        module._forward(x, None, None, None, 1.0, "l3", 1.0)
-    with pytest.raises(ValueError, match=r"rho.* l3|'l3'"):
-        module._backward(
-            *(torch.ones(2), torch.ones(2), x, None, None, None, 1.0, "l3", 1.0, True, False)
-        )
-
-
-def test_all_and_nothing_masked(device: torch.device) -> None:
-    x = random((3, 4, 5), torch.float32, device, 0)
-    everything, nothing = (torch.full((1,), on, device=device) for on in (True, False))
-    penalty, gaussian = masked_penalty_gaussian(x, mask=everything, rho="l2")
-    assert_close(penalty, x.double().square().sum((1, 2)) / 2, terms=20)
-    assert gaussian.eq(0).all()
-    penalty, gaussian = masked_penalty_gaussian(x, mask=nothing)
-    standard = torch.distributions.Normal(0.0, 1.0)
-    assert_close(gaussian, standard.log_prob(x.double()).sum((1, 2)), terms=20)
-    assert penalty.eq(0).all()
-
-
 def test_same_bits(device: torch.device) -> None:
     """The bits are the same on every run and with any number of threads."""
     x = random((5, 3, 160, 170), torch.float32, device, 0)
@@ -331,29 +289,6 @@ def test_float16_on_a_cpu_is_computed_in_float32(layout: str) -> None:
     grads = torch.autograd.grad(got, (x, target), [torch.ones_like(v) for v in got])
     expected = torch.autograd.grad(want, wide, [torch.ones_like(v) for v in want])
     assert all(torch.equal(a, b.half()) for a, b in zip(grads, expected, strict=True))
-
-
-@pytest.mark.skipif(module._C is None, reason="csrc is not built")
-def test_the_loops_refuse_float16() -> None:
-    sums = torch.empty(2)
-    problem = (torch.ones(2, 3, dtype=torch.float16), None, None, None, 1.0, "l2", 1.0)
-    with pytest.raises(ValueError, match="float16"):
-        module._C.masked_penalty(False, 1, *problem, sums, sums.clone(), torch.empty(0))
-
-
-def test_gradcheck(device: torch.device) -> None:
-    x = random((2, 3, 2, 3), torch.float64, device, 0).requires_grad_()
-    t = random((2, 3, 2, 3), torch.float64, device, 1).requires_grad_()
-    mask, weight = (broadcast(b, (2, 3, 2, 3), device, 2) for b in ("pixel", "channel"))
-    fixed = x.detach() / 2
-    for rho in RHOS:
-
-        def both(x: Tensor, t: Tensor, rho: Any = rho) -> tuple[Tensor, Tensor]:
-            return masked_penalty_gaussian(x, t, mask=mask, weight=weight, rho=rho)
-
-        assert torch.autograd.gradcheck(both, (x, t))
-        assert torch.autograd.gradcheck(lambda x, f=both, t=fixed: f(x, t)[0], x)
-        assert torch.autograd.gradcheck(lambda t, f=both, x=fixed: f(x, t)[1], t)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "samples apart"])

@@ -184,28 +184,3 @@ def test_partial_sums_are_no_larger_than_the_state(monkeypatch, splits, c, side)
     assert count >= 1
     assert count == 1 or count * c * c <= state.numel()
     assert count > 1 or 2 * c * c > state.numel()  # one only if two do not fit
-
-
-def test_outer_sum_recovers_the_gradient_of_the_weight(device):
-    """dW = outer_sum W^-T, up to rounding in float64, although outer_sum is computed from y."""
-    how = {"dtype": torch.float64, "device": device}
-    x, dy = normal(2, 6, 3, 4, **how), normal(2, 6, 3, 4, **how)
-    weight, bias = rotation(6, torch.float64).to(device).requires_grad_(), normal(6, **how)
-    y = torch.einsum("oc,nchw->nohw", weight, x) + bias.view(-1, 1, 1)
-    (dweight,) = torch.autograd.grad(y, weight, dy)
-    y, weight = y.detach(), weight.detach()
-    inverse, splits = torch.linalg.inv(weight), rebuild_splits(y[:, 3:], 6)
-    outer_sum = rebuild_conv1x1(
-        y=(y[:, :3], y[:, 3:]),
-        dy=(dy[:, :3], dy[:, 3:]),
-        dnet=None,
-        weight=weight,
-        weight_inverse=inverse,
-        bias=bias,
-        net_dtype=None,
-        channels_last=False,
-        separate_halves=False,
-        outer_sum=y.new_empty(splits, 6, 6),
-        dbias=y.new_empty(splits, 6),
-    ).outer_sum.sum(0)
-    assert_close(outer_sum @ inverse.mT, dweight, terms=24 * 6)

@@ -5,7 +5,7 @@ import torch
 from cases import DIFFERENTIABLE, learned, normal, options, perturbed, sample
 from torch.autograd import forward_ad
 
-from mflow_kernels import Glow, Split
+from mflow_kernels import Glow
 from mflow_kernels.testing import assert_close
 
 
@@ -53,14 +53,3 @@ def test_flows_carry_tangents(reversible, grad, device):
         assert tangent.shape == weight.shape
     total = sum((t * w).sum() for t, w in zip(pushed, weights, strict=True))
     assert_close(total, (pulled * v).sum(), terms=10_000, scale=(pulled * v).abs().sum().item())
-
-
-def test_a_split_carries_tangents():
-    split = Split(4, width=4).double()
-    x, v = normal(2, 4, 2, 2, dtype=torch.float64), normal(2, 4, 2, 2, dtype=torch.float64)
-    # The network of a new split returns 0, so the split scales by a constant and shifts by 0.
-    (kept, left) = tangents(lambda x: split(x)[0], [x], [v])
-    assert torch.equal(kept, v[:, :2])
-    (_, latent), logdet = split(x)
-    assert_close(left, v[:, 2:] * latent / x[:, 2:], terms=100)
-    assert logdet.shape == (2,)

@@ -63,6 +63,17 @@ def test_layouts(op, shape, layout, device):
     assert_matches(op, sample(op, shape, device=device, layout=layout))
 
 
+@pytest.mark.parametrize(
+    "op", [op for op in TESTED if {"params", "numbers", "numbers_b"} & {*op.inputs}],
+    ids=lambda op: op.id,
+)  # fmt: skip
+def test_layouts_of_state_and_params_may_differ(op, device):
+    inputs = sample(op, (2, 5, 4, 3), device=device)
+    name = op.inputs[1]
+    params = inputs[name].detach().contiguous(memory_format=torch.channels_last)
+    assert_matches(op, inputs | {name: params.requires_grad_()})
+
+
 @every
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_dtypes(op, dtypes, device):

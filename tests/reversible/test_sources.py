@@ -210,7 +210,7 @@ class Normed(Net):
         return self.layers(x) + self.shift
 
 
-@pytest.mark.parametrize("change", ["statistics", "buffer", "statistics of a layer"])
+@pytest.mark.parametrize("change", ["statistics", "buffer", "sign of W", "statistics of a layer"])
 def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(change: str) -> None:
     if change == "statistics of a layer":
         chain = ReversibleChain([AffineLayer()]).double()
@@ -221,6 +221,8 @@ def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(change: str)
     loss = loss_of(*chain(X))
     if change == "buffer":
         chain.layers[0].coupling.net.shift += 1
+    elif change == "sign of W":
+        chain.layers[1].conv.sign.neg_()
     else:
         chain.train()
         chain(3 * X + 1)
@@ -239,14 +241,6 @@ class AffineLayer(AffineCoupling):
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         return super().inverse(z, *context)
-
-
-def test_a_sign_of_a_convolution_that_changes_before_the_backward_pass_is_an_error() -> None:
-    chain = perturbed(chain_of(Net))
-    loss = loss_of(*chain(X))
-    chain.layers[1].conv.sign.neg_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 class ChangesItsInput(Net):
@@ -326,30 +320,6 @@ def test_freezing_between_the_passes_changes_no_gradient(part: str, frozen: bool
         results.append([p.grad for p in chain.parameters() if p.grad is not None])
         chain.requires_grad_()
     assert_all_close(*results, terms=1000)
-
-
-def test_second_order_optimizers() -> None:
-    """LBFGS evaluates the loss several times a step."""
-    losses = []
-    for reversible in (True, False):
-        torch.manual_seed(0)
-        flow = perturbed(Glow((1, 4, 4), 1, 2, 4, reversible=reversible)).double()
-        flow.to(memory_format=torch.contiguous_format)  # LBFGS views gradients as vectors
-        x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
-        optimizer = torch.optim.LBFGS(flow.parameters(), lr=0.1, max_iter=3)
-
-        def closure(
-            flow: Glow = flow, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer
-        ) -> float:
-            optimizer.zero_grad()
-            loss = -flow.log_prob(x).mean()
-            loss.backward()
-            return loss.item()
-
-        for _ in range(2):
-            loss = optimizer.step(closure)  # type: ignore[arg-type]
-        losses.append(loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("output", [list, tuple])

@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import re
+from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -40,85 +41,46 @@ def test_a_configuration_is_read_back_from_its_yaml():
     assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
 
 
-# A value other than the default for each option that is neither text nor a choice.
-OTHER = {
-    **{"image_size": 64, "n_bits": 5, "flips": True, "levels": 3, "steps": 5, "width": 65},
-    **{"manifold_dim": 63, "bins": 4, "release": True},
-    **{"weight": 1e16, "final_weight": 2.0, "weight_steps": 3, "error_bound": 0.1},
-    **{"delta": 1 / 3, "sigma": 1e-12, "reversible": False, "checkpoint_every": None},
-    **{
-        "max_drift": 1e-3,
-        "batch_size": 2**40,
-        "accumulate": 4,
-        "epochs": 9,
-        "max_steps": 10,
-        "warm_up": 1,
-    },
-    **{"learning_rate": 5e-324, "weight_decay": 1e-4, "clip_norm": 1e300, "loss_spike": 1.5},
-    **{"max_skipped": 1, "max_condition": 1e6, "ema_decay": 0.0, "seed": 2**63, "compile": True},
-    **{"cuda_graphs": True, "save_minutes": 0.1, "save_steps": 4, "crop": 148, "channels": 3},
-}
-TEXTS = [
-    *({"data": name, "init_from": name, "classes": name} for name in NAMES.values()),
-    {"class_names": list(NAMES.values())},
-]
-# The same for the options of a further flow.
-OTHER_OF_STAGES = {
-    **{"dim": 32, "bins": 5, "steps": 3, "width": 9, "weight": 1e22, "final_weight": 0.1},
-    **{"weight_steps": 7, "error_bound": 1e-7, "delta": 0.3, "sigma": 0.7, "epochs": 2},
-    **{"learning_rate": 1e-05, "max_steps": 5},
+# Values of each type, some of which YAML could take for another type.
+VALUES = {
+    bool: (False, True),
+    int: (3, 2**63),
+    float: (1 / 3, 1e-05, 1e22, 5e-324),
+    str: [NAMES[kind] for kind in ("a number", "null", "a date", "YAML", "nearly all of these")],
+    NoneType: (None,),
+    list[str]: (list(NAMES.values()),),
+    list[StageOptions]: ([], [StageOptions(), StageOptions(dim=4)]),
 }
 
 
-def choices(cls):
-    """Each value of each option that is a choice."""
-    kinds = {name: (kind, *get_args(kind)) for name, kind in get_type_hints(cls).items()}
-    return [
-        {option: choice}
-        for option, alternatives in kinds.items()
-        for kind in alternatives
-        if get_origin(kind) is Literal
-        for choice in get_args(kind)
-    ]
+def values_of(kind):
+    """All values of a choice, and VALUES of another type or of the types that it unites."""
+    if kind in VALUES:
+        return VALUES[kind]
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(value for one in get_args(kind) for value in values_of(one))
 
 
-STAGES = [*({n: v} for n, v in OTHER_OF_STAGES.items()), *choices(StageOptions)]
-STAGES += [{"learning_rate": None}]
-CHOICES = choices(RunConfig)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        *({n: v} for n, v in OTHER.items()),
-        *({"stages": [StageOptions(), StageOptions(**values)]} for values in STAGES),
-        *({"stages": []}, *TEXTS, *CHOICES),
-    ],
-)
-def test_every_option_is_read_back(values, monkeypatch):
+@pytest.mark.parametrize("option", get_type_hints(RunConfig))
+def test_every_option_is_read_back(option, monkeypatch):
     """Checks of values and their combinations are left out: `check` would refuse some of these."""
     monkeypatch.setattr(RunConfig, "check", lambda config: None)
-    config = dataclasses.replace(TrainConfig().resolve((1, 28, 28)), **values)
-    text = config.to_yaml()
-    assert text.isascii()  # the same file under every locale
-    assert RunConfig.from_yaml(text, "config.yaml") == config
-    assert read_stages(f"[{', '.join(map(str, config.stages))}]") == config.stages
+    for value in values_of(get_type_hints(RunConfig)[option]):
+        if (option, value) == ("image_size", None):
+            continue  # the configuration of a run has a size
+        config = dataclasses.replace(TrainConfig().resolve((1, 28, 28)), **{option: value})
+        text = config.to_yaml()
+        assert text.isascii()  # the same file under every locale
+        assert RunConfig.from_yaml(text, "config.yaml") == config
 
 
-def test_every_option_has_a_value_above():
-    values = [{name: value} for name, value in OTHER.items()] + TEXTS + CHOICES + [{"stages": []}]
-    named = {name for value in values for name in value}
-    assert named == {option.name for option in dataclasses.fields(RunConfig)}
-    assert {n for values in STAGES for n in values} == {*vars(StageOptions())}
-    for others, default in (
-        (OTHER, TrainConfig().resolve((1, 28, 28))),
-        (OTHER_OF_STAGES, StageOptions()),
-    ):
-        assert not [name for name, value in others.items() if getattr(default, name) == value]
-
-
-def test_a_date_without_quotes_is_text():
-    assert parse_config("data: 2024-01-01", "preset") == {"data": "2024-01-01"}
+@pytest.mark.parametrize("option", get_type_hints(StageOptions))
+def test_every_option_of_a_further_flow_is_read_back(option):
+    """In the notation of --stages, which configurations share."""
+    for value in values_of(get_type_hints(StageOptions)[option]):
+        stages = [StageOptions(), StageOptions(**{option: value})]
+        assert read_stages(f"[{', '.join(map(str, stages))}]") == stages
 
 
 EARLIER = """
@@ -188,11 +150,7 @@ class TestFilesOfEarlierVersions:
                 "stage_dims: [8, 4]\nstage_width: [1, 2, 3]",
                 "stage_width: expected a list of 1 or 2",
             ),
-            ("stage_dims: [x]", r"stages\[0\]\.dim: expected a whole number, got x"),
-            (
-                "stages: [{}]\nstage_width: [8]",
-                "stage_width: expected its values in the list stages",
-            ),
+            ("stages: [{}]\nstage_width: [8]", "stage_width: expected its values in the list st"),
             ("stage_colour: [red]", r"stages\[0\]: expected dim, .*, got colour"),
         ],
     )
@@ -202,6 +160,7 @@ class TestFilesOfEarlierVersions:
 
 
 def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
+    assert parse_config("data: 2024-01-01", "preset") == {"data": "2024-01-01"}  # text, no date
     monkeypatch.chdir(tmp_path)
     assert TrainConfig(data="faces").resolve((3, 64, 64)).data == str(tmp_path / "faces")
 
@@ -214,20 +173,12 @@ WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
     [
         (WHOLE.replace("levels: 2", "levels: two"), "levels: expected a whole number, got two"),
         (WHOLE.replace("levels: 2", "levels: 0"), "levels: expected at least 1, got 0"),
-        (WHOLE.replace("channels: 1", "channels: 0"), "channels: expected at least 1, got 0"),
-        (
-            WHOLE.replace("image_size: 28", "image_size: null"),
-            "image_size: expected a whole number",
-        ),
+        (WHOLE.replace("size: 28", "size: null"), "image_size: expected a whole number"),
         ("stages: 3", "stages: expected a list such as"),
-        ("stages: [3]", r"stages\[0\]: expected options such as"),
-        ("stages: [{dim: a}]", r"stages\[0\]\.dim: expected a whole number, got a"),
         ("stages: [{}, {stepz: 3}]", r"stages\[1\]: expected dim, .*, got stepz"),
         ("stages: [{steps: [3]}]", "stages: expected a value or a list of values, got deep nest"),
-        ("rho: l3", f"rho: expected one of {', '.join(RHOS)}, got l3"),
         ("colour: red", "colour"),
         ("[1, 2]", "expected options and their values, got a list"),
-        ("a: [", "flow node"),
         ("[" * 100_000, "got deep nesting"),
         ("a: " + "9" * 5000, "integer string conversion"),
         ("levels: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
@@ -243,10 +194,10 @@ def test_bad_yaml_gives_one_line(text, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("end", range(0, len(WHOLE) - 2, 13))
-def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
-    with pytest.raises(ValueError, match=r"config\.yaml: "):
-        RunConfig.from_yaml(WHOLE[:end], "config.yaml")
+def test_a_file_cut_off_anywhere_is_not_filled_with_defaults():
+    for end in range(0, len(WHOLE) - 2, 61):
+        with pytest.raises(ValueError, match=r"config\.yaml: "):
+            RunConfig.from_yaml(WHOLE[:end], "config.yaml")
 
 
 def test_max_steps_take_the_place_of_epochs():
@@ -278,12 +229,9 @@ def test_further_flows_have_values_of_their_own_or_those_of_the_image_flow():
     ("options", "message"),
     [
         ({"stage": {"steps": 0}}, "steps: expected at least 1, got 0"),
-        ({"stage": {"width": 0}}, "width: expected at least 1, got 0"),
-        ({"stage": {"epochs": 0}}, "epochs: expected at least 1, got 0"),
         ({"stage": {"max_steps": 0}}, "max_steps: expected at least 1, got 0"),
         ({"stage": {"dim": 65}}, "dim: expected dimensions from 1 to the 64 of the stage before"),
         ({"stage": {"bins": 65}}, "bins: expected 2 to 64, got 65"),
-        ({"bins": 1}, "bins: expected 2 to 64, got 1"),
         ({"stage": {"weight": -1.0}}, "weight: expected a finite number > 0, got -1"),
         ({"stage": {"learning_rate": 0.0}}, "learning_rate: expected a finite number"),
         ({"stage": {"weight": "variance", "domain": "latent"}}, "weight: expected a number in the"),
@@ -306,10 +254,8 @@ def test_further_flows_have_values_of_their_own_or_those_of_the_image_flow():
 )
 def test_bad_values(options, message):
     if "stage" in options:
-        options, message = (
-            {"stages": [StageOptions(), StageOptions(**options["stage"])]},
-            (f"stages[1].{message}"),
-        )
+        options = {"stages": [StageOptions(), StageOptions(**options["stage"])]}
+        message = f"stages[1].{message}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         TrainConfig(**options).check()
 

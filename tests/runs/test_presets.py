@@ -23,10 +23,6 @@ from mflow_kernels.training.cli import _parsers, main
 
 
 class TestPresets:
-    def test_the_files_are_those_that_are_named(self):
-        folder = files("mflow_kernels.runs") / "presets"
-        assert sorted(f.name for f in folder.iterdir()) == sorted(f"{p}.yaml" for p in PRESETS)
-
     @pytest.mark.parametrize("name", PRESETS)
     def test_each_is_valid_and_planned_for_80_gb(self, name, capsys):
         TrainConfig(**preset_options(name)).check()
@@ -43,8 +39,8 @@ class TestPresets:
         assert capsys.readouterr().out.split("\n") == [*PRESETS, ""]
         assert main(["presets", "celeba256"]) == 0
         assert capsys.readouterr().out.rstrip() == preset_text("celeba256").rstrip()
-
-    def test_digits_are_the_defaults(self):
+        found = (files("mflow_kernels.runs") / "presets").iterdir()
+        assert sorted(file.name for file in found) == sorted(f"{name}.yaml" for name in PRESETS)
         assert TrainConfig(**preset_options("digits")) == TrainConfig()
 
     def test_options_on_the_command_line_override_them(self, command, tmp_path, capsys):
@@ -59,20 +55,9 @@ class TestPresets:
         line = refused([*command, "--resume"], tmp_path, capsys)
         assert "--preset: expected none with --resume" in line
 
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            (None, "--preset: expected digits, digits_nested, celeba64"),
-            ("levels: two", "--preset: own.yaml: levels: expected a whole number, got two"),
-            ("colour: red", "colour"),
-            ("[", "--preset: own.yaml"),
-        ],
-    )
-    def test_a_bad_preset_is_refused(self, text, message, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        if text is not None:
-            (tmp_path / "own.yaml").write_text(text)
-        assert message in refused(["train", "--preset", "own.yaml"], tmp_path, capsys)
+    def test_an_unknown_preset_is_refused(self, tmp_path, capsys):
+        line = refused(["train", "--preset", "own.yaml"], tmp_path, capsys)
+        assert "--preset: expected digits, digits_nested, celeba64" in line
 
 
 @pytest.fixture

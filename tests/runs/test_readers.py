@@ -50,23 +50,35 @@ def whole(trained):
     return torch.load(trained / "last.ckpt", weights_only=True)
 
 
+RUN_FILES = ("config.yaml", "metrics.csv", "images.csv", "last.ckpt")
+
+
 @pytest.mark.parametrize("kind", BYTES)
 def test_files_of_a_run(kind, run, capsys):
     """--resume reads all of these files."""
     (run / "previous.ckpt").unlink()
     resume = ["train", "--run-dir", str(run), "--resume"]
-    for name in ("config.yaml", "metrics.csv", "images.csv", "last.ckpt"):
+    for name in RUN_FILES:
         path = run / name
         before = path.read_bytes()
         path.write_bytes(BYTES[kind](before))
         # A crash may cut off the metrics, so their whole rows are still read.
         if not (name == "metrics.csv" and kind in ("empty", "half", "zeros")):
             assert name in refused(resume, run, capsys)
-        path.unlink()
-        path.mkdir()
-        refused(resume, run, capsys)
-        path.rmdir()
         path.write_bytes(before)
+
+
+def test_folders_and_pipes_in_place_of_files(run, tmp_path, capsys):
+    (run / "previous.ckpt").unlink()
+    for name in RUN_FILES:
+        path = (run / name).rename(tmp_path / "kept")
+        (run / name).mkdir()
+        refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
+        (run / name).rmdir()
+        path.rename(run / name)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for preset in ("pipe.yaml", "own\0.yaml"):
+        refused(["train", "--preset", str(tmp_path / preset)], run, capsys)
 
 
 @pytest.mark.parametrize("kind", BYTES)
@@ -78,13 +90,9 @@ def test_presets(kind, tmp_path, monkeypatch, capsys):
     else:
         command = ["train", "--preset", "own.yaml"]
         assert "--preset: own.yaml: " in refused(command, tmp_path, capsys)
-    (tmp_path / "own.yaml").unlink()
-    os.mkfifo(tmp_path / "pipe.yaml")
-    refused(["train", "--preset", "pipe.yaml"], tmp_path, capsys)
-    refused(["train", "--preset", "own\0.yaml"], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("cell", ["x", "-1", "1e3", "", "1" * 30])
+@pytest.mark.parametrize("cell", ["x", "-1", "1e3", ""])
 def test_metrics_with_a_row_that_training_did_not_write(cell, run, capsys):
     path = run / "metrics.csv"
     first, second, *rest = path.read_text().splitlines()
@@ -232,18 +240,15 @@ def test_messages_about_an_export(case, export):
     refuses(export, message)
 
 
-def test_an_export_without_its_architecture(export):
-    (export / ARCHITECTURE).unlink()
-    refuses(export, "expected model.json, which mflow export writes")
-
-
-@pytest.mark.parametrize("kind", BYTES)
-def test_files_of_an_export(kind, export):
+def test_files_of_an_export(export):
     for name in (ARCHITECTURE, WEIGHTS):
         before = (export / name).read_bytes()
-        (export / name).write_bytes(BYTES[kind](before))
-        refuses(export)
+        for damaged in BYTES.values():
+            (export / name).write_bytes(damaged(before))
+            refuses(export)
         (export / name).write_bytes(before)
+    (export / ARCHITECTURE).unlink()
+    refuses(export, "expected model.json, which mflow export writes")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +271,8 @@ def test_numbers_of_an_architecture(value, export):
 
 
 def test_weights_of_an_export(export):
+    """The message names the first tensor that does not fit."""
+    first = next(iter(HierarchicalFlow.from_pretrained(export).state_dict()))
     whole = load_file(export / WEIGHTS)
     name = next(n for n, tensor in whole.items() if tensor.is_floating_point())
     index = next(n for n in whole if n.endswith("manifold_index"))
@@ -284,15 +291,8 @@ def test_weights_of_an_export(export):
     for length in (0, 1, 2**31, 2**62):
         (export / WEIGHTS).write_bytes(struct.pack("<Q", length) + header[8:])
         refuses(export)
-
-
-def test_the_first_tensor_that_does_not_fit_is_named(export):
-    whole = load_file(export / WEIGHTS)
-    state = HierarchicalFlow.from_pretrained(export).state_dict()
-    first = next(iter(state))
     save_file({name: tensor[None].clone() for name, tensor in whole.items()}, export / WEIGHTS)
-    with pytest.raises(ValueError, match=f": {first} is only in one of the two files"):
-        HierarchicalFlow.from_pretrained(export)
+    refuses(export, f"{first} is only in one of the two files")
 
 
 def make_earlier(path, *without):

@@ -14,7 +14,6 @@ from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training.cli import main
-from training.stopped_runs import assert_same_run
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +73,6 @@ def test_training_passes_the_class_of_each_image(pets, command, monkeypatch):
     assert len(seen) == 4 * 6  # two stages of three steps
     assert all(expected == given for expected, given in seen)
     assert {c for c, _ in seen} == {0, 1}
-
-
-def test_cuda_graphs_train_the_same_model(trained, command, tmp_path, fake_capture):
-    assert main([*command, "--cuda-graphs"]) == 0
-    assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (2, 6, 6)
-    assert_same_run(tmp_path / "run", trained)
 
 
 def test_the_accuracy_of_the_posterior(trained, capsys):

@@ -1,10 +1,13 @@
 """The commands of `mflow`, run from end to end in this process."""
 
+import io
 import itertools
 import json
 import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import TINY, checkpoint, listing, metrics, refused, weights, write_images
+from tiny_runs import checkpoint, listing, metrics, refused, weights, write_images
 
 import mflow_kernels
 from mflow_kernels import HierarchicalFlow
@@ -22,7 +25,7 @@ from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining, parameter_groups
-from training.stopped_runs import assert_same_run, train_until
+from training.stopped_runs import assert_same_run, exit_code, start, train_until
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
 
@@ -34,6 +37,10 @@ class TestTrain:
         assert [p for p in trained.glob("tensorboard/events*")]
         assert (trained / "evaluation.json").is_file()
         assert not [name for name in listing(trained.parent) if ".tmp" in name or ".old" in name]
+        for name in PICTURES:
+            with Image.open(trained / name) as image:
+                image.load()
+                assert image.width >= 600
 
     def test_metrics_have_a_row_for_each_step(self, trained):
         rows = metrics(trained)
@@ -62,17 +69,13 @@ class TestTrain:
         # Stage 1 has as many dimensions as the image, so both are per dimension of the image.
         assert float(first["bits_per_dim"]) == pytest.approx(8 - parts, rel=1e-5)
 
-    def test_pictures_are_images_of_a_readable_size(self, trained):
-        for name in PICTURES:
-            with Image.open(trained / name) as image:
-                image.load()
-                assert image.width >= 600
-
-    def test_the_output_names_the_pictures(self, command, tmp_path, capsys):
-        assert main([*command, "--stages", "[]"]) == 0
+    def test_the_output_names_the_pictures(self, command, tmp_path, monkeypatch, capsys):
+        """Without --run-dir, the folder is named after the options."""
+        monkeypatch.chdir(tmp_path)
+        assert main([*command[:-2], "--stages", "[]"]) == 0
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
-        assert str(tmp_path / "run" / "samples.png") in out
+        assert str(Path("runs/faces-8px-d6-seed0/samples.png")) in out
         assert "hierarchy.png" not in out  # drawn only if there are several stages
         assert "Lightning" not in err
         assert "GPU available" not in err
@@ -85,11 +88,6 @@ class TestTrain:
         assert main([*command, "--overwrite", "--seed", "1"]) == 0
         first, other = weights(trained), weights(tmp_path / "run")
         assert not all(torch.equal(first[name], other[name]) for name in first)
-
-    def test_the_default_folder_is_named_after_the_options(self, images, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        assert main(["train", *TINY, "--data", str(images)]) == 0
-        assert (tmp_path / "runs" / "faces-8px-d6-seed0" / "last.ckpt").is_file()
 
     def test_a_diverging_loss_is_reported_and_keeps_the_checkpoint(
         self, command, tmp_path, monkeypatch, capsys
@@ -120,16 +118,16 @@ class TestTrain:
 
 @pytest.mark.pictures
 class TestSample:
-    def test_writes_a_picture(self, run, capsys):
-        assert main(["sample", str(run), "--number", "5", "--temperature", "0.5"]) == 0
-        (path,) = capsys.readouterr().out.split()
-        assert path == str(run / "samples-T0.5-seed0.png")
-        with Image.open(path) as image:
-            image.load()
-
-    def test_ambient_samples_have_a_file_of_their_own(self, run, capsys):
-        assert main(["sample", str(run), "--ambient"]) == 0
-        assert capsys.readouterr().out == f"{run / 'samples-T1-seed0-ambient.png'}\n"
+    def test_names_of_pictures(self, run, capsys):
+        for options, name in (
+            (["--temperature", "0.5"], "T0.5-seed0"),
+            (["--ambient"], "T1-seed0-ambient"),
+        ):
+            assert main(["sample", str(run), "--number", "5", *options]) == 0
+            (path,) = capsys.readouterr().out.split()
+            assert path == str(run / f"samples-{name}.png")
+            with Image.open(path) as image:
+                image.load()
 
     def test_seed_stages_and_output_matter(self, run, tmp_path):
         pictures = []
@@ -180,12 +178,6 @@ class TestReconstructAndEvaluate:
         assert f"{last['bits_per_dim']:.4f}" in table
         assert f"{last['psnr']:.2f}" in table
 
-    def test_evaluate_takes_a_whole_folder(self, run, tmp_path):
-        other = write_images(tmp_path / "other", count=7, seed=5)
-        assert main(["evaluate", str(run), "--data", str(other)]) == 0
-        written = json.loads((run / "evaluation-other.json").read_text())
-        assert (written["data"], written["images"]) == ("other", 7)
-
     def test_images_of_the_same_name_have_results_of_their_own(self, run, tmp_path, capsys):
         found = {}
         for seed in (5, 6, 5):
@@ -200,8 +192,9 @@ class TestReconstructAndEvaluate:
             *("reconstructions-other.png", "evaluation-other.json", "report.html")
         ]
         assert not set(found[5]) & set(found[6])
-        figures = [json.loads(Path(found[seed][1]).read_text())["stages"] for seed in (5, 6)]
-        assert figures[0] != figures[1]
+        figures = [json.loads(Path(found[seed][1]).read_text()) for seed in (5, 6)]
+        assert [(f["data"], f["images"]) for f in figures] == [("other", 4)] * 2
+        assert figures[0]["stages"] != figures[1]["stages"]
 
     def test_other_images_do_not_replace_those_that_they_are_compared_with(self, run, tmp_path):
         other = write_images(tmp_path / "held out", count=4, seed=5)
@@ -240,38 +233,27 @@ class TestExports:
         assert "an export does not say which images the model was trained on" in page
         assert "the model may have been trained on these images" in page
 
-    def test_without_images(self, export, tmp_path, capsys):
+    def test_bad_input(self, export, tmp_path, capsys):
         for command in ("evaluate", "reconstruct"):
-            assert "--data: expected images, because" in refused(
-                [command, str(export)], tmp_path, capsys
-            )
-
-    def test_a_damaged_one(self, export, tmp_path, capsys):
+            line = refused([command, str(export)], tmp_path, capsys)
+            assert "--data: expected images, because" in line
         (export / "model.json").write_text("{}")
-        message = "run: expected an architecture of mflow export"
-        assert message in refused(["sample", str(export)], tmp_path, capsys)
+        line = refused(["sample", str(export)], tmp_path, capsys)
+        assert "run: expected an architecture of mflow export" in line
 
     def test_training_starts_from_one(self, run, export, command):
-        assert main([*command, "--overwrite", "--init-from", str(run), "--learning-rate", "1e-30",
-                     "--stage-learning-rate", "1e-30"]) == 0  # fmt: skip
-        expected = weights(run)
-        assert main([*command, "--overwrite", "--init-from", str(export), "--learning-rate",
-                     "1e-30", "--stage-learning-rate", "1e-30"]) == 0  # fmt: skip
-        torch.testing.assert_close(weights(run), expected, rtol=0, atol=0)
+        saved = []
+        for source in (run, export):
+            slow = ["--learning-rate", "1e-30", "--stage-learning-rate", "1e-30"]
+            assert main([*command, "--overwrite", "--init-from", str(source), *slow]) == 0
+            saved.append(weights(run))
+        torch.testing.assert_close(*saved, rtol=0, atol=0)
 
 
 def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, monkeypatch):
     """The run stops in the first step of its second stage."""
-    command += [
-        "--coupling",
-        "spline",
-        "--bins",
-        "3",
-        "--stage-coupling",
-        "spline",
-        "--stage-bins",
-        "4",
-    ]
+    command += ["--coupling", "spline", "--bins", "3"]
+    command += ["--stage-coupling", "spline", "--stage-bins", "4"]
     run = tmp_path / "run"
     assert main(command) == 0
     whole = run.rename(tmp_path / "whole")
@@ -291,28 +273,37 @@ def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, mo
     assert decayed >= {p for net in networks for p in net.parameters() if p.dim() > 1}
 
 
-def test_a_terminal_that_cannot_show_a_name(run, tmp_path):
-    folder = run.rename(tmp_path / "\xe9")
-    code = "import sys; from mflow_kernels.training.cli import run_process; sys.exit(run_process())"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-c", code, "sample", str(folder), "--number", "1"]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True)
-    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T1-seed0.png")
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch):
+    folder, shown = run.rename(tmp_path / "\xe9"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["mflow", "sample", str(folder), "--number", "1"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.run_process() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sys.stdout.flush()
+    assert shown.getvalue().decode("ascii").strip().endswith(r"\xe9/samples-T1-seed0.png")
 
 
 def test_a_file_that_may_not_grow_is_no_bad_input(run, tmp_path):
     """The limit is that of `ulimit -f`. The picture that was there stays."""
     picture = tmp_path / "a.png"
     picture.write_bytes(b"before")
-    code = (
-        "import resource, sys; from mflow_kernels.training.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); sys.exit(main())"
-    )
-    command = [sys.executable, "-c", code, "sample", str(run), "--output", str(picture)]
-    done = subprocess.run(command, check=False, capture_output=True)
-    assert done.returncode == 1
-    assert "could not write" in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    reader, writer = os.pipe()
+
+    def limit():
+        os.dup2(writer, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+    child = start(["sample", str(run), "--output", str(picture)], limit)
+    os.close(writer)
+    with os.fdopen(reader) as shown:
+        message = shown.read()
+    assert exit_code(child) == 1
+    assert "could not write" in message
+    assert "Traceback" not in message
     assert picture.read_bytes() == b"before"
     assert not list(tmp_path.glob(".*"))
 

@@ -27,16 +27,16 @@ from training.stopped_runs import assert_same_run, train_until
 def test_a_run_with_graphs_is_the_run_without(options, command, tmp_path, fake_capture):
     """Trains two stages of three steps, with validation between them."""
     command += options.split()
-    assert main(command) == 0
+    assert main([*command, "--no-cuda-graphs"]) == 0
     without = (tmp_path / "run").rename(tmp_path / "without")
     assert fake_capture.captures == 0
-    assert main([*command, "--cuda-graphs"]) == 0
+    assert main(command) == 0
     assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (2, 6, 6)
     assert_same_run(tmp_path / "run", without)
 
 
 def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypatch, capsys):
-    command += ["--weight", "variance", "--cuda-graphs"]
+    command += ["--weight", "variance"]
     assert main(command) == 0
     whole = (tmp_path / "run").rename(tmp_path / "whole")
     train_until(4, [*command, "--save-steps", "1"], monkeypatch, "optimizer_step")
@@ -48,12 +48,17 @@ def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypat
 def test_two_ranks_train_as_without(command, tmp_path, fake_capture):
     """Ranks exchange gradients outside of the graphs, and only those of the stage in training."""
     states = []
-    for options in ([], ["--overwrite", "--cuda-graphs"]):
+    for options in (["--no-cuda-graphs"], ["--overwrite"]):
         torchrun([*command, *options], tmp_path)
         states += [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for state in states[1:]:
         torch.testing.assert_close(state, states[0], rtol=0, atol=0)
     assert "CUDA graphs" not in (tmp_path / "log0").read_text()
+
+
+def test_a_batch_in_parts_is_computed_without(command, fake_capture):
+    assert main([*command, "--accumulate", "2"]) == 0
+    assert fake_capture.captures == 0
 
 
 class Launches(TorchDispatchMode):
@@ -80,10 +85,10 @@ def test_depth_and_width_do_not_change_what_a_step_launches(command, fake_captur
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     sizes = [["--steps", str(steps), "--width", str(width)] for steps, width in ((1, 8), (4, 12))]
     for size in sizes:
-        assert main([*command, *size, "--overwrite", "--cuda-graphs"]) == 0
+        assert main([*command, *size, "--overwrite"]) == 0
     one, other = counts[:6], counts[6:]
     assert one[1:3] == other[1:3]  # the first step captures
-    assert main([*command, *sizes[1], "--overwrite"]) == 0
+    assert main([*command, *sizes[1], "--overwrite", "--no-cuda-graphs"]) == 0
     assert counts[13] > 5 * one[1]
 
 
@@ -91,7 +96,7 @@ def test_a_failing_capture_is_reported_once_and_training_continues(
     command, tmp_path, fake_capture, monkeypatch, capfd
 ):
     command += ["--weight", "variance"]
-    assert main(command) == 0
+    assert main([*command, "--no-cuda-graphs"]) == 0
     without = (tmp_path / "run").rename(tmp_path / "without")
     tries = []
 
@@ -105,7 +110,7 @@ def test_a_failing_capture_is_reported_once_and_training_continues(
 
     monkeypatch.setattr(graphs, "capture", fails)
     capfd.readouterr()
-    assert main([*command, "--cuda-graphs"]) == 0
+    assert main(command) == 0
     assert tries == [1]
     assert_same_run(tmp_path / "run", without)
     reported = [line for line in capfd.readouterr().err.splitlines() if "CUDA graphs" in line]
@@ -124,11 +129,11 @@ def test_a_run_with_graphs_on_a_gpu_is_the_run_without(
     workspace. Later steps are not compared, because AdamW turns the rounding error of a gradient
     near 0 into a step of normal size."""
     command += ["--device", "cuda", *options.split()]
-    assert main(command) == 0
+    assert main([*command, "--no-cuda-graphs"]) == 0
     without = metrics(tmp_path / "run")[0]
     captures = []
     spy(monkeypatch, graphs, "capture", lambda *_: captures.append(1))
-    assert main([*command, "--overwrite", "--cuda-graphs"]) == 0
+    assert main([*command, "--overwrite"]) == 0
     assert captures == [1, 1]
     assert "without CUDA graphs" not in capfd.readouterr().err
     graphed = metrics(tmp_path / "run")[0]

@@ -202,43 +202,39 @@ class Cuda:
         self.calls.append("release")
 
 
-def test_a_capture_warms_up_and_captures_both_passes(monkeypatch):
+@pytest.mark.parametrize("fails", [None, "forward", "backward", "warm-up"])
+def test_a_capture_warms_up_runs_both_passes_and_leaves_nothing(fails, monkeypatch):
     cuda = Cuda(monkeypatch)
     x = torch.ones((), requires_grad=True)
 
+    def run(name):
+        cuda.calls.append(name)
+        if "begin" not in cuda.calls if fails == "warm-up" else cuda.capturing and name == fails:
+            raise RuntimeError(fails)
+
     def forward():
-        cuda.calls.append("forward")
+        run("forward")
         return (2 * x,)
 
     def backward(losses):
-        cuda.calls.append("backward")
+        run("backward")
         return torch.autograd.grad(losses, x)
 
-    captured = graphs.capture(forward, backward)
-    passes = ["forward", "backward"]
-    captures = ["begin", "forward", "end", "begin", "backward", "end"]
-    assert cuda.calls == ["wait", *3 * passes, *captures, "wait"]
-    assert not captured.losses[0].requires_grad
-    assert captured.gradients == (torch.tensor(2.0),)
-    assert cuda.solver == "default"
-
-
-@pytest.mark.parametrize("at", ["forward", "backward", "warm-up"])
-def test_a_capture_that_fails_leaves_nothing(at, monkeypatch):
-    cuda = Cuda(monkeypatch)
-
-    def run(name):
-        if "begin" not in cuda.calls if at == "warm-up" else cuda.capturing and name == at:
-            raise RuntimeError(at)
-        return ()
-
-    with pytest.raises(RuntimeError, match=at):
-        graphs.capture(lambda: run("forward"), lambda _: run("backward"))
+    if fails is None:
+        captured = graphs.capture(forward, backward)
+        passes = ["forward", "backward"]
+        captures = ["begin", "forward", "end", "begin", "backward", "end"]
+        assert cuda.calls == ["wait", *3 * passes, *captures, "wait"]
+        assert not captured.losses[0].requires_grad
+        assert captured.gradients == (torch.tensor(2.0),)
+    else:
+        with pytest.raises(RuntimeError, match=fails):
+            graphs.capture(forward, backward)
+        ended = ["synchronize", "reset", "reset", "copy"]
+        ended += [] if fails == "warm-up" else ["release"]
+        assert cuda.calls[cuda.calls.index("synchronize") :] == ended
     assert not cuda.capturing
     assert cuda.solver == "default"
-    ended = ["synchronize", "reset", "reset", "copy"]
-    ended += [] if at == "warm-up" else ["release"]
-    assert cuda.calls[cuda.calls.index("synchronize") :] == ended
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
 
 SMALL = [*TINY, "--stages", "[]", "--max-steps", "1"]
-PATHS = ["a number", "nearly all of these", "a long name of wide characters", "a leading dash"]
+PATHS = ["nearly all of these", "a long name of wide characters", "a leading dash"]
 
 
 def mflow(*arguments):
@@ -75,10 +75,9 @@ def test_other_images(kind, small, tmp_path, recwarn):
     assert not [w for w in recwarn if "constrained" in str(w.message)]
 
 
-@pytest.mark.parametrize("kind", ["a number", "nearly all of these"])
-def test_prepared_files(kind, images, tmp_path):
+def test_prepared_files(images, tmp_path):
     """Names of 255 bytes leave no room for the journal: tests/data/test_hostile_sources.py."""
-    prepared = tmp_path / NAMES[kind]
+    prepared = tmp_path / NAMES["nearly all of these"]
     mflow("prepare", images, "--out", prepared, "--image-size", "8")
     mflow("plan", *SMALL, "--data", prepared)
     mflow("train", *SMALL, "--data", prepared, "--run-dir", tmp_path / "run")

@@ -126,30 +126,13 @@ class TestInitFrom:
                 assert torch.equal(value, saved[key]), key
         assert main(["sample", str(tmp_path / "run"), "--number", "1"]) == 0
 
-    def test_the_selection_of_latents_is_copied(self, run, command, tmp_path):
-        """A run may have another selection than this version would choose."""
-        saved = checkpoint(run)
-        state = saved["state_dict"]
-        for name in [name for name in state if name.endswith("stages.0.manifold_index")]:
-            mask = state[name.replace("manifold_index", "off_mask_0")]
-            assert state[name].tolist() != [0, 1, 2, 3, 4, 5]
-            state[name] = torch.arange(6)
-            mask.copy_((torch.arange(mask.numel()) >= 6).view_as(mask))
-        torch.save(saved, run / "last.ckpt")
-        other = ["--run-dir", str(tmp_path / "other"), "--init-from", str(run)]
-        assert main([*command, *other]) == 0
-        name = "average.model.stages.0.manifold_index"
-        assert weights(tmp_path / "other")[name].tolist() == [0, 1, 2, 3, 4, 5]
-        assert (
-            main([*command, *other, "--overwrite", "--manifold-dim", "5"]) == 2
-        )  # stage 2 differs
-        alone = ["--overwrite", "--manifold-dim", "5", "--stages", "[]"]
-        assert main([*command, *other, *alone]) == 0
-
     def test_it_may_have_other_stages(self, trained, command, tmp_path, capsys):
+        command = [*command, "--init-from", str(trained), "--overwrite"]
         for stages in ("[{}, {}]", "[]"):
-            options = ["--init-from", str(trained), "--stages", stages]
-            assert main([*command, "--overwrite", *options]) == 0
+            assert main([*command, "--stages", stages]) == 0
+        smaller = [*command, "--manifold-dim", "5"]  # selects other latents of the same flow
+        assert "stage 2 differs" in refused(smaller, tmp_path, capsys)
+        assert main([*smaller, "--stages", "[]"]) == 0
 
     def test_before_the_first_checkpoint_a_resumed_run_starts_there_again(
         self, trained, command, tmp_path, monkeypatch
@@ -186,17 +169,3 @@ class TestPreset:
         capsys.readouterr()
         assert main(["plan", *preset, "--images", "10"]) == 0
         assert "8x8" in capsys.readouterr().out
-
-    def test_stages_that_set_no_dimension_have_that_of_the_flow_before(
-        self, command, tmp_path, capsys
-    ):
-        own = tmp_path / "own.yaml"
-        own.write_text("stages: [{}, {dim: 2}, {}]")
-        at = command.index("--stage-dim")
-        plain = [*command[:at], *command[at + 2 :], "--manifold-dim", "3", "--max-steps", "1"]
-        assert main([*plain, "--preset", str(own)]) == 0
-        assert [flow.dim for flow in read_config(tmp_path / "run").flows] == [3, 3, 2, 2]
-        own.write_text("stages: [{}, {dim: 4}]")
-        message = "--stages[1].dim: expected dimensions from 1 to the 3 of the stage before, got 4"
-        line = refused([*plain, "--overwrite", "--preset", str(own)], tmp_path, capsys)
-        assert message in line

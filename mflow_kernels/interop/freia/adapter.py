@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
-from mflow_kernels.interop.freia.layers import LAYERS, channels_of
+from mflow_kernels.interop.freia.layers import LAYERS, channels_of, is_developed
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import (
@@ -24,18 +24,24 @@ from mflow_kernels.interop.subclasses import (
     implementation_of,
     same_modules,
 )
+from mflow_kernels.ops.layouts import pixels
 
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
 
-# Release 0.2, and its AllInOneBlock as anomalib 2.0 to 2.7 copy it; see `interop/fingerprints.py`.
+# Release 0.2, the development branch at 4212496, and the release's AllInOneBlock as anomalib 2.0 to
+# 2.7 copy it; see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
     "FrEIA.framework.graph_inn": {"48fb2462d7df"},
-    "FrEIA.framework.sequence_inn": {"f2e1294a353b"},
-    "FrEIA.modules.all_in_one_block": {"26fd4fedc6ce", "15ea73004c9d", "b07bf64044fd"},
-    "FrEIA.modules.coupling_layers": {"1bff124c37e0"},
-    "FrEIA.modules.fixed_transforms": {"7d893a8aee36"},
-    "FrEIA.modules.invertible_resnet": {"733b52c6cfd1"},
+    "FrEIA.framework.graph_inn.graph_inn": {"e34e3da168a0"},
+    "FrEIA.framework.sequence_inn": {"f2e1294a353b", "7bbea98d42c4"},
+    "FrEIA.modules.all_in_one_block": {
+        *("26fd4fedc6ce", "15ea73004c9d", "b07bf64044fd"),
+        "499c6f70404b",
+    },
+    "FrEIA.modules.coupling_layers": {"1bff124c37e0", "fb1177218330"},
+    "FrEIA.modules.fixed_transforms": {"7d893a8aee36", "f8a0b04cf5af"},
+    "FrEIA.modules.invertible_resnet": {"733b52c6cfd1", "e1a2e7d5f09c"},
     "FrEIA.modules.orthogonal": {"ae4785021aaf"},
     "FrEIA.modules.reshapes": {"b6fb9488d40d"},
 }
@@ -85,10 +91,22 @@ def _layer_forward(returned: Callable[[Tensor, Tensor], Any]) -> Callable[..., A
 
 def _actnorm_forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
     implementation_of(self).initialize_from(x[0], inverse=rev)
+    if is_developed(self):
+        shift, log_scale = -self.loc.flatten(), -self.log_scale.flatten()
+        z, _ = (ops.actnorm_inverse if rev else ops.actnorm)(x[0], shift, log_scale)
+        return (z,), (-pixels(z) if rev else pixels(z)) * log_scale.sum()[None]
     # exp(s) x + b is the inverse of exp(-s) (x - b).
     log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
     z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
     return [z], log_det
+
+
+def _developed_actnorm_forward(
+    self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True
+) -> Any:
+    if c is not None:
+        raise ValueError("ActNorm is unconditional.")
+    return _actnorm_forward(self, x, rev, jac)
 
 
 def _haar_forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
@@ -104,7 +122,8 @@ def _sequence_forward(
     if not same_modules(self.module_list, fused.modules):
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
-    log_det: Any = 0
+    developed = hasattr(Ff.SequenceINN, "__setitem__")
+    log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if developed else 0
     for module, chosen, _ in reversed(fused.items) if rev else fused.items:
         named = {} if chosen is None else {"c": [c[i] for i in chosen]}
         x, j = module(x, jac=jac, rev=rev, **named)
@@ -153,12 +172,19 @@ def _graph_forward(
             out = module(tuple(map(take, keys)), rev=rev, jac=jac, **named)
         except Exception as error:
             raise RuntimeError(f"{nodes[0]} encountered an error.") from error
-        values, j = self._check_output(end, out, jac, rev)
+        values, j = _check_output(self, end, out, jac, rev)
         held.update({(end, i): value for i, value in enumerate(values)})
         if jac:
             log_det = log_det + j
     results = tuple(take(keys[0]) for keys in sources[len(items) :])
     return (results[0] if len(results) == 1 and not self.force_tuple_output else results), log_det
+
+
+def _check_output(graph: Any, node: Any, out: Any, jac: bool, rev: bool) -> Any:
+    if hasattr(graph, "_check_output"):
+        return graph._check_output(node, out, jac, rev)
+    values, j = out  # the development branch's nodes expand log-determinants
+    return values, torch.zeros(len(values[0])).to(values[0]) + j if jac else j
 
 
 def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
@@ -181,7 +207,11 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "scalar": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det))},
     "nice": {"forward": _layer_forward(lambda z, log_det: ((z,), 0.0))},
     "rotation": {"forward": _layer_forward(lambda z, log_det: ([z], 0.0))},
-    "actnorm": {"forward": _actnorm_forward},
+    "actnorm": {
+        "forward": _developed_actnorm_forward
+        if hasattr(Fm.ActNorm, "initialize")
+        else _actnorm_forward
+    },
     "haar": {"forward": _haar_forward},
     "SequenceINN": {"forward": _sequence_forward},
     "GraphINN": {"forward": _graph_forward},
@@ -214,7 +244,9 @@ def _graph_chains(module: Any) -> list[list[Item]]:
     for node in module.node_list:
         if node in special:
             continue
-        chosen = tuple(index[n] for n in node.conditions) if node.conditions else None
+        # Those of the development branch are pairs of a node and its output.
+        conditions = [n[0] if isinstance(n, tuple) else n for n in node.conditions]
+        chosen = tuple(index[n] for n in conditions) if conditions else None
         before: Any = node.inputs[0][0] if len(node.inputs) == 1 else None
         chain: list[Item] | None = chain_of.get(before)
         if chain is None or len(before.outputs) != 1 or before.outputs[0] != (node, 0):
@@ -223,6 +255,12 @@ def _graph_chains(module: Any) -> list[list[Item]]:
         chain.append((node.module, chosen, [node]))
         chain_of[node] = chain
     return chains
+
+
+def _has_own_conditions(module: Any) -> bool:
+    """Whether all conditions come from outside; in the development branch nodes can give them."""
+    given = {n[0] if isinstance(n, tuple) else n for m in module.node_list for n in m.conditions}
+    return given <= {*module.condition_nodes} and not getattr(module, "ff_nodes", ())
 
 
 # For these, FrEIA's own code runs on a copy of the input.
@@ -244,6 +282,8 @@ class FreiaAdapter(Adapter):
     def why_left(self, layer: nn.Module) -> str:
         if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
+        if len(layer.dims_in) > 1:
+            return f"it changes {len(layer.dims_in)} states at once, our kernels change one"
         return super().why_left(layer)
 
     def kind_of(self, cls: type) -> str:
@@ -268,6 +308,10 @@ class FreiaAdapter(Adapter):
             why = (
                 f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
             )
+            fuser.left.append(Left(name, type(container).__name__, why))
+            return
+        if kind is Ff.GraphINN and not _has_own_conditions(container):
+            why = "nodes of it are conditions of others: modules run one by one"
             fuser.left.append(Left(name, type(container).__name__, why))
             return
         chains = _sequence_chains(container) if kind is Ff.SequenceINN else _graph_chains(container)
@@ -306,6 +350,11 @@ class FreiaAdapter(Adapter):
                 "ActNorm keeps the scale of a channel that is constant in its first batch; "
                 "FrEIA's turns to NaN.",
             ]
+        if any(is_developed(m) and hasattr(m, "subnet") for m in modules):
+            notes.append(
+                "AllInOneBlock computes images of any size; FrEIA's raises an error for other "
+                "sizes than it was built for."
+            )
         if any(isinstance(m, Fm.HaarDownsampling) for m in modules):
             notes.append(
                 "HaarDownsampling leaves its input alone on the way back; FrEIA's changes it."

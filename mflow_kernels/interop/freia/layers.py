@@ -19,9 +19,10 @@ from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
     Linear,
+    Listed,
     OfMatrix,
     Reorder,
-    Rotated,
+    inverse_of,
     one_linear,
     stack,
 )
@@ -33,7 +34,16 @@ from mflow_kernels.reversible.rearrangements import SpaceToDepth
 # Linear modules, data -> latent.
 
 
+def is_developed(layer: Any) -> bool:
+    """Whether an `ActNorm` or `AllInOneBlock` is that of FrEIA's development branch."""
+    return hasattr(layer, "is_initialized") or hasattr(layer, "_exp_global_scale_activation")
+
+
 def _actnorms(modules: Sequence[Any]) -> Affine:
+    if is_developed(modules[0]):
+        log_s = torch.stack([-m.log_scale for m in modules]).flatten(1)
+        loc = torch.stack([m.loc for m in modules]).flatten(1)
+        return Affine(log_s.exp(), -loc * log_s.exp(), log_s.sum(1))
     log_scale = torch.stack([m.scale for m in modules]).flatten(1)
     bias = torch.stack([m.bias for m in modules]).flatten(1)
     return Affine(log_scale.exp(), bias, log_scale.sum(1))
@@ -96,7 +106,18 @@ def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
     return _orthogonal(_block_permutations(blocks).weight.mT)
 
 
-def _is_pending(layer: Any) -> bool:
+def _block_orders(blocks: Sequence[Any]) -> Affine:
+    return Affine(stack([b.w_perm for b in blocks]))
+
+
+def _block_orders_back(blocks: Sequence[Any]) -> Affine:
+    return Affine(stack([b.w_perm_inv for b in blocks]))
+
+
+def is_pending(layer: Any) -> bool:
+    """Whether an actnorm waits for its first batch."""
+    if is_developed(layer):
+        return not bool(layer.is_initialized)
     return bool(layer.init_on_next_batch)
 
 
@@ -105,13 +126,19 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     if from_latent and not set_by_samples(layer, "FrEIA"):
         return
     std, constant = standard_deviation(x)
+    if is_developed(layer):
+        log_scale = torch.where(constant, 0.0, std.log()).to(layer.loc.dtype)
+        layer.log_scale.copy_(log_scale.view_as(layer.log_scale))
+        layer.loc.copy_(per_channel(x).mean(1).view_as(layer.loc))
+        layer.is_initialized.fill_(True)
+        return
     scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
     layer.scale.copy_(scale.view_as(layer.scale))
     layer.bias.copy_((-per_channel(x).mean(1) * scale.exp()).view_as(layer.bias))
     layer.init_on_next_batch = False
 
 
-_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
+_DATA_INIT = DataInit(is_pending, _initialize_actnorm)
 
 # The parts of each module.
 
@@ -142,10 +169,12 @@ def _passing(layer: Any) -> dict[str, Any]:
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
     """Return two couplings: the second half changes the first, then the first the second."""
     first, second = nets
+    n = layer.split_len1
+    there = (*range(n, n + layer.split_len2), *range(n))
     return (
-        Reorder(Rotated(larger=False)),
+        Reorder(Listed(there)),
         Coupling(first, scale, False, Exactly(layer.split_len2)),
-        Reorder(Rotated(larger=False, back=True)),
+        Reorder(Listed(inverse_of(there))),
         Coupling(second, scale, False, Exactly(layer.split_len1)),
     )
 
@@ -193,9 +222,9 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     if not layer.clamp > 0:
         return f"its clamp of {layer.clamp} does not bound the scale"
     unchanged, n = layer.splits
-    net = Params(
-        layer.subnet, slice(0, n), slice(n, None), (0.1 * layer.clamp, 0.1), **_passing(layer)
-    )
+    # Release 0.2 multiplies tanh(a) by the clamp, the development branch tanh(a / clamp).
+    factors = (0.1 if is_developed(layer) else 0.1 * layer.clamp), 0.1
+    net = Params(layer.subnet, slice(0, n), slice(n, None), factors, **_passing(layer))
     scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
     there, back = _mixing(layer)
     return (
@@ -208,6 +237,11 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
 
 def _mixing(block: Any) -> tuple[Part, Part]:
     """The permutation or rotation of a block, and its inverse."""
+    if not block.householder and not block.w_perm.is_floating_point():
+        there, back = (
+            Linear(block, read, "permutation") for read in (_block_orders, _block_orders_back)
+        )
+        return there, back
     if not block.householder:
         order = OfMatrix(block, "w_perm")
         if order.holds():
@@ -230,7 +264,7 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
     plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
     if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
         return "its kernel is not the one it was built with"
-    return (SpaceToDepth(inverted=False),)
+    return (SpaceToDepth(inverted=isinstance(layer, Fm.IRevNetUpsampling)),)
 
 
 def _haar(layer: Any) -> tuple[Part, ...] | str:
@@ -254,6 +288,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     Fm.FixedLinearTransform: one_linear(_fixed_linears),
     Fm.HouseholderPerm: _householder,
     Fm.IRevNetDownsampling: _downsampling,
+    Fm.IRevNetUpsampling: _downsampling,
     Fm.HaarDownsampling: _haar,
 }
 

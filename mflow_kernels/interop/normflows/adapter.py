@@ -47,20 +47,22 @@ FINGERPRINTS: dict[str, set[str]] = {
 class FusedFlow(FusedLayers):
     """Flows of a model as one flow."""
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(z, inverse=True)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(z, context, inverse=True)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(z, inverse=False)
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(z, context, inverse=False)
 
-    def _run(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, z: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.sequence.supports(z, inverse):
-            z, log_det = self.sequence(z, inverse=inverse)
+            passed = () if context is None else (context,)
+            z, log_det = self.sequence(z, passed, inverse=inverse)
             return z, per_sample(z, log_det)
+        named = {} if context is None else {"context": context}
         total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         layers: Any = self.layers
         for layer in layers if inverse else reversed(layers):
-            z, log_det = layer(z) if inverse else layer.inverse(z)
+            z, log_det = (layer if inverse else layer.inverse)(z, **named)
             total = total + log_det
         return z, total
 
@@ -106,7 +108,14 @@ _MODEL_METHODS = (
     "sample",
     "log_prob",
 )
-CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.NormalizingFlowVAE)
+CONTAINERS = (
+    # Releases 1.7.0 and 1.7.1 lack it. It comes before the class that it is derived from.
+    *filter(None, [getattr(nf, "ConditionalNormalizingFlow", None)]),
+    nf.NormalizingFlow,
+    nf.ClassCondFlow,
+    nf.MultiscaleFlow,
+    nf.NormalizingFlowVAE,
+)
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "per sample": _layer_methods(per_sample),
     "scalar": _layer_methods(lambda x, log_det: log_det),

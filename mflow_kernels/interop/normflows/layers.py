@@ -173,8 +173,6 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
         return "its mask is not one of 0 and 1 for each feature"
     unchanged = [i for i, m in enumerate(mask.tolist()) if m]
     transformed = [i for i, m in enumerate(mask.tolist()) if not m]
-    if len(unchanged) != len(mask) // 2:
-        return f"its mask keeps {len(unchanged)} of {len(mask)} features, not {len(mask) // 2}"
     nets = [layer._modules.get(name) for name in ("s", "t")]
     params = Masked(nets[0], nets[1], tuple(unchanged), tuple(transformed))
     order = (*unchanged, *transformed)
