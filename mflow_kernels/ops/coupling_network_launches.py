@@ -5,6 +5,7 @@ overwrite the operand with the next tile too early. The forward launch has a pip
 sets no fence between a copy and the product that reads it (`FENCES_COPIES`).
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -217,14 +218,15 @@ def launch_network_backward(
     sums = s.sums
     numbers1, numbers2 = (sum(sums[:3]), sum(sums[3:])) if weights else (0, 0)
     splits1, splits2, size = partial_sums(s, weights, x.device)
+    of1: Sequence[Tensor | None] = (None,) * 3
+    of2 = of1
     if weights:
         partials = x.new_empty(size, dtype=torch.float32)
         split = torch.split_with_sizes  # half the host's time of `Tensor.split`
         partial1, partial2 = split(partials, [splits1 * numbers1, splits2 * numbers2])
-        dw1, dw2, db1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
-        dw3, db2, db3 = split(partial2.view(splits2, numbers2), sums[3:], 1)
-    else:
-        dw1 = dw2 = dw3 = db1 = db2 = db3 = None
+        of1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
+        of2 = split(partial2.view(splits2, numbers2), sums[3:], 1)
+    (dw1, dw2, db1), (dw3, db2, db3) = of1, of2
     dh2 = torch.empty_like(h2)
     stored = constants1["ROWS"]
     taps = empty_images(x, blocks1 * stored * s.c_in)
