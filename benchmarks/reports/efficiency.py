@@ -29,7 +29,7 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,17 +40,15 @@ from benchmarks.reports import aot  # before anything of mflow_kernels
 import torch  # isort: skip
 
 from benchmarks.harness.output import command_parser, save_json, text_table
-from benchmarks.reports.package_launches import flops_of, results_of
 from benchmarks.reports.programs import loaded, products
-from benchmarks.reports.step_counts import nbytes
+from benchmarks.reports.recorded import Network, networks_of
 from mflow_kernels.ops import coupling_network_launches as launches
 from mflow_kernels.ops import coupling_network_tiles
 from mflow_kernels.ops.coupling_network_tiles import Shape
-from mflow_kernels.runs.config import TrainConfig
-from mflow_kernels.runs.presets import PRESETS, preset_options
+from mflow_kernels.ops.written import written_arguments
+from mflow_kernels.runs.presets import PRESETS
+from mflow_kernels.training.account import nbytes
 from mflow_kernels.training.cards import CARDS
-from mflow_kernels.training.coupling_shapes import coupling_shapes, runs_fused
-from mflow_kernels.training.memory import resolve_config
 
 MULTIPROCESSORS = (108, 114, 128, 132)  # A100, H100 PCIe, RTX 4090, H100 SXM
 
@@ -116,35 +114,6 @@ class Row:
         )  # fmt: skip
 
 
-class Network(NamedTuple):
-    """A coupling network on a batch of images."""
-
-    batch: int
-    side: int
-    channels: int
-    width: int
-    dtype: torch.dtype
-    times: int = 1  # how many networks of this shape a step runs
-
-    @property
-    def name(self) -> str:
-        size = f"{self.batch}x{self.channels}x{self.side}x{self.side}"
-        return f"{size} width {self.width}"
-
-
-def networks(preset: str, width: int | None) -> list[Network]:
-    """The networks of the image flow of a preset that the kernels compute."""
-    options = preset_options(preset) | ({} if width is None else {"width": width})
-    config = resolve_config(TrainConfig(**options), None, gpu=True)
-    found: dict[Network, int] = {}
-    for n in coupling_shapes(config, 0):
-        if runs_fused(config, n):
-            dtype = getattr(torch, config.precision)
-            network = Network(config.batch_size, math.isqrt(n.pixels), n.channels, n.width, dtype)
-            found[network] = found.get(network, 0) + 1
-    return [network._replace(times=times) for network, times in found.items()]
-
-
 def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
     """The launches of a network in a reversible training step, and their names."""
     c_in, c_out = n.channels // 2, 2 * (n.channels - n.channels // 2)
@@ -177,10 +146,29 @@ def launch_name(launch: aot.Launch) -> str:
     return name
 
 
+def multiplications(launch: aot.Launch) -> int:
+    """Return the multiplications of a launch's formulas, without those that programs repeat."""
+    given = launch.bound
+    if "PIXELS" not in given or "WIDTH" not in given:
+        return 0
+    width = int(given["WIDTH"])
+    first, last = (
+        width * int(given["TAPS"]) * int(given.get(name, 0)) for name in ("C_IN", "C_OUT")
+    )
+    if launch.kernel.__name__ == "_network_kernel":
+        products = first + width**2 + last
+    elif launch.kernel.__name__ == "_dh2_kernel":
+        products = 2 * last
+    else:
+        products = 2 * first + width**2 * (1 if given["dw2"] is None else 2)
+    return int(given["PIXELS"]) * products
+
+
 class Work(NamedTuple):
     """A launch to compile, and its programs on cards of `MULTIPROCESSORS`."""
 
     network: Network
+    times: int
     name: str
     launch: aot.Launch
     target: str
@@ -188,7 +176,7 @@ class Work(NamedTuple):
 
 
 def row(work: Work) -> Row:
-    n, name, launch, target, on_cards = work
+    n, times, name, launch, target, on_cards = work
     made = aot.compile_for(launch, target)
     if made.error:
         raise RuntimeError(f"{n.name}, {name}: not compiled for {target}: {made.error}")
@@ -197,10 +185,11 @@ def row(work: Work) -> Row:
     found = products(launch, made)
     issued = sum(p.multiplications for p in found)
     by_wgmma = sum(p.multiplications for p in found if p.wgmma)
-    useful = flops_of(launch, repeated=False) / 2
+    useful = multiplications(launch)
     programs = math.prod(launch.grid)
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-    written = sum(nbytes(tensors[k]) for k in results_of(launch) if k in tensors)
+    outputs = zip(launch.kernel.arg_names, written_arguments(launch.kernel), strict=True)
+    written = sum(nbytes(tensors[k]) for k, is_output in outputs if is_output and k in tensors)
     moved = sum(map(nbytes, tensors.values()))
     requested = max(loaded(launch, made) + written, moved)
     blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
@@ -227,7 +216,7 @@ def row(work: Work) -> Row:
         made.registers, made.spilled, made.shared, blocks,
         tuple(_full(p, m * blocks) for p, m in zip(on_cards, MULTIPROCESSORS, strict=True)),
         programs / (t.multiprocessors * max(1, blocks)), moved, requested, bounds[limit] * 1e6,
-        limit, max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
+        limit, max(moved / card.bandwidth, useful / rate) * 1e6, times,
     )  # fmt: skip
 
 
@@ -243,7 +232,7 @@ def _row(index: int) -> Row:
     return row(_work[index])
 
 
-def works(n: Network, target: str) -> list[Work]:
+def works(n: Network, times: int, target: str) -> list[Work]:
     """The launches of a network on the card of `target`."""
     aot.choose_tiles_of(target)
 
@@ -255,12 +244,13 @@ def works(n: Network, target: str) -> list[Work]:
     others = zip(*([math.prod(launch.grid) for _, launch in on(m)] for m in MULTIPROCESSORS),
                  strict=True)  # fmt: skip
     found = zip(on(TARGETS[target].multiprocessors), others, strict=True)
-    return [Work(n, name, launch, target, counts) for (name, launch), counts in found]
+    return [Work(n, times, name, launch, target, counts) for (name, launch), counts in found]
 
 
-def report(wanted: Sequence[Network], target: str, processes: int | None = None) -> list[Row]:
+def report(wanted: Mapping[Network, int], target: str, processes: int | None = None) -> list[Row]:
+    """One row for each launch of these networks, given with how often a step has them."""
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
-    _work[:] = [work for n in wanted for work in works(n, target)]
+    _work[:] = [work for n, times in wanted.items() for work in works(n, times, target)]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         return pool.map(_row, range(len(_work)), 1)
 
@@ -309,10 +299,10 @@ def record(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-QUICK = [
-    Network(128, side, channels, width, torch.bfloat16)
+QUICK = {
+    Network(128, side, channels, width, torch.bfloat16): 1
     for side, channels, width in ((32, 12, 128), (8, 48, 512))
-]
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -328,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     failed = False
     for width in options.width or [None]:
-        wanted = QUICK if options.quick else networks(options.preset, width)
+        changed = {} if width is None else {"width": width}
+        wanted = QUICK if options.quick else networks_of(options.preset, **changed)[0]
         rows = report(wanted, options.target, options.jobs)
         print(text_table(Row.HEAD, [made.cells for made in rows]), end="\n\n")
         print(totals(rows), end="\n\n")

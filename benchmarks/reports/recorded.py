@@ -5,7 +5,8 @@ and layout, and its gradient is uninitialized. Products and factors of weights a
 model of 1024x1024 images takes seconds and 3 GB.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast, get_args
 from unittest import mock
@@ -25,7 +26,8 @@ from mflow_kernels.ops.scale import Kind
 from mflow_kernels.reversible import backward
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.presets import PRESETS, preset_options
-from mflow_kernels.training.memory import resolve_config
+from mflow_kernels.training.account import Account
+from mflow_kernels.training.memory import resolve_config, step_of
 
 BATCH = 2
 FEW = 3  # steps of flow: a first, a middle and a last one make every kind of launch
@@ -92,6 +94,49 @@ class EmptyNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return _EmptyParams.apply(x.to(dtype), self.channels)
+
+
+class Network(NamedTuple):
+    """A coupling network on a batch of states with these channels; `side` is None for vectors."""
+
+    batch: int
+    side: int | None
+    channels: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch}x{self.channels}" + (f"x{self.side}x{self.side}" if self.side else "")
+        return f"{size} width {self.width}"
+
+
+class _Networks(Account):
+    def __init__(self) -> None:
+        super().__init__(gpu=True)
+        self.found = Counter[Network]()
+
+    def add(
+        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
+    ) -> None:
+        if name == "network_kernel" and len(written) == 3:  # it keeps h1 and h2 for its gradient
+            x, (sums, h1, _) = read[0], written
+            side = x.shape[2] if x.dim() == 4 else None
+            c_out = sums.shape[1] // (1 if side is None else 3)
+            channels = x.shape[1] + c_out // 2
+            self.found[Network(len(x), side, channels, h1.shape[1], x.dtype)] += 1
+
+
+def networks_of(preset: str, **options: Any) -> list[Counter[Network]]:
+    """The networks that the kernels compute in a training step of each stage of a preset, and how
+    many of each there are."""
+    # The penalty in the data domain would run each network of the image flow in two passes.
+    changed = {**preset_options(preset), "domain": "latent", **options}
+    config = resolve_config(TrainConfig(**changed), None, gpu=True)
+    stages = [_Networks() for _ in config.flows]
+    for stage, networks in enumerate(stages):
+        step_of(config, stage, account=networks)
+    return [networks.found for networks in stages]
 
 
 @dataclass(frozen=True)

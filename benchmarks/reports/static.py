@@ -18,13 +18,12 @@ A second run finds the compiled kernels in Triton's cache.
 """
 
 import argparse
-import math
 import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 from benchmarks.reports import aot  # before anything of mflow_kernels
@@ -39,10 +38,7 @@ from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
 from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.runs.config import TrainConfig
-from mflow_kernels.runs.presets import PRESETS, preset_options
-from mflow_kernels.training.coupling_shapes import coupling_shapes, runs_fused
-from mflow_kernels.training.memory import resolve_config
+from mflow_kernels.runs.presets import PRESETS
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
@@ -89,15 +85,9 @@ def preset_networks() -> list[Network]:
     """The presets' networks that the kernels compute, in bfloat16 and in TF32."""
     found = set()
     for name, precision in product(PRESETS, ("bfloat16", "float32")):
-        options = preset_options(name) | {"precision": precision}
-        config = resolve_config(TrainConfig(**options), None, gpu=True)
-        for stage in range(len(config.flows)):
-            for n in coupling_shapes(config, stage):
-                width = math.isqrt(n.pixels)
-                # The number of rows of the images changes no kernel.
-                sides = (2, width) if n.taps > 1 else ()
-                if runs_fused(config, n):
-                    found.add((n.channels, n.width, getattr(torch, precision), sides))
+        for n in chain.from_iterable(recorded.networks_of(name, precision=precision)):
+            # The number of rows of the images changes no kernel.
+            found.add((n.channels, n.width, n.dtype, (2, n.side) if n.side else ()))
     return sorted(found, key=str)
 
 

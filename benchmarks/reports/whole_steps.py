@@ -7,8 +7,8 @@ The count includes the coupling networks. The same model in other packages is co
 counts three tasks of one Glow in every package, with the same weights: the second training step
 (forward and backward, without the optimizer), sampling, and evaluation (the forward pass without
 gradients).
-The docstring of `step_counts.py` has the rules of the count. "over plain" is the ratio of bytes
-to those of plain eager PyTorch in the same dtypes.
+The docstring of `mflow_kernels/training/account.py` has the rules of the count. "over plain" is
+the ratio of bytes to those of plain eager PyTorch in the same dtypes.
 
 The lower bound of a card is a sum over kernels. Each kernel takes at least the time that its bytes
 take at the card's published bandwidth, and at least the time that its products take at the card's
@@ -26,15 +26,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.reports import step_counts  # before anything of mflow_kernels
-
-import torch  # isort: skip
-from torch import nn  # isort: skip
+import torch
+from torch import nn
 
 from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.output import command_parser, markdown_table, save_json, text_table
 from benchmarks.harness.session import Missing
+from benchmarks.reports import step_counts
 from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.training.cards import CARDS

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from mflow_kernels.data.batches import Batch, OrderedBatches, images_and_classes
 from mflow_kernels.data.dequantization import dequantize
@@ -138,16 +139,7 @@ def evaluate_model(
         context = context_of(model, x, classes)
         if context is not None and classes is not None:
             right = (right or 0) + int((class_log_probs(model, x).argmax(1) == context).sum())
-        u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
-        for index, stage in enumerate(stages):
-            terms = stage.terms(u, context=context)
-            u = stage.encode(u, context=context)
-            outside = outside + terms.off_manifold
-            logdet = logdet + terms.logdet
-            projected = model.project(x, stages=index + 1, context=context)
-            squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
-            for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
-                sums[index, column] += part.double().sum().cpu()
+        sums += stage_sums(model, x, context).cpu()
     means = sums / len(images)
     metrics = []
     for on, off, volume, squared in means.tolist():
@@ -159,6 +151,26 @@ def evaluate_model(
     manifold_dims = tuple(stage.manifold_dim for stage in stages)
     accuracy = None if right is None else right / len(images)
     return Evaluation(data, len(images), manifold_dims, tuple(metrics), accuracy)
+
+
+def stage_sums(model: HierarchicalFlow, x: Tensor, context: Tensor | None) -> Tensor:
+    """Return sums over a batch x (N, C, H, W), (stages, 4) in float64.
+
+    They are log p of u; the log-density outside of the manifolds and the log-determinant of this
+    stage and those before it, together; and the mean squared error of the projection.
+    """
+    sums = []
+    u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
+    for index, stage in enumerate(cast(list[ManifoldFlow], list(model.stages))):
+        terms = stage.terms(u, context=context)
+        u = stage.encode(u, context=context)
+        outside = outside + terms.off_manifold
+        logdet = logdet + terms.logdet
+        projected = model.decode(u, stages=index + 1, context=context)
+        squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
+        parts = terms.on_manifold, outside, logdet, squared
+        sums.append(torch.stack([part.double().sum() for part in parts]))
+    return torch.stack(sums)
 
 
 def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:

@@ -55,7 +55,7 @@ from mflow_kernels.ops.coupling_network_launches import (
 )
 from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fastest import fastest, requested
-from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.launch import is_walked, on_gpu, transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import register
 
@@ -135,6 +135,8 @@ def has_epilogues(x: Tensor) -> bool:
 
 def _has_cudnn(device: torch.device) -> bool:
     cudnn = torch.backends.cudnn
+    if is_walked():
+        return on_gpu(device)
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and cudnn.is_available() and cudnn.enabled
 

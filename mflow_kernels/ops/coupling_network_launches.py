@@ -5,6 +5,7 @@ overwrite the operand with the next tile too early. The forward launch has a pip
 sets no fence between a copy and the product that reads it (`FENCES_COPIES`).
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,7 @@ from mflow_kernels.ops.coupling_network_tiles import (
     halo,
     partial_sums,
 )
-from mflow_kernels.ops.launch import architecture, launch
+from mflow_kernels.ops.launch import architecture, launch, on_gpu
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -66,8 +67,10 @@ def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[tuple[int, int]
     tile = forward_tile(s, arch)
     edge = halo(s, tile.block_p)
     tiles = cdiv(s.pixels, tile.block_p - 2 * edge)
-    grid = tiles, cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
-    return grid, dict(
+    columns = cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
+    first, second, third = s.flops
+    return (tiles, columns), dict(
+        flops=columns * (cdiv(s.width, tile.block_d) * first + second) + third,
         C_IN=s.c_in,
         WIDTH=s.width,
         C_OUT=s.c_out,
@@ -93,13 +96,14 @@ def _sum_taps_grid(pixels: int, channels: int) -> tuple[tuple[int, int], Constan
 
 
 @cache
-def _dh2_grid(s: Shape, arch: int) -> tuple[int, int, Constants]:
+def _dh2_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
     """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
     tile = dh2_tile(s, arch)
     return (
         cdiv(s.width, tile.block_d),
         cdiv(s.pixels, tile.block_p),
         dict(
+            flops=(1 + weights) * s.flops[2],
             WIDTH=s.width,
             C_OUT=s.c_out,
             TAPS=s.taps,
@@ -113,14 +117,16 @@ def _dh2_grid(s: Shape, arch: int) -> tuple[int, int, Constants]:
 
 
 @cache
-def _dh1_grid(s: Shape, arch: int) -> tuple[int, int, Constants]:
+def _dh1_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
     """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
     tile = dh1_tile(s, arch)
     stored = dx_taps(s, tile)
+    first, second, _ = s.flops
     return (
         cdiv(s.width, tile.block_d),
         cdiv(s.pixels, tile.block_p),
         dict(
+            flops=(1 + weights) * first + (1 + (weights and s.sums[1] > 0)) * second,
             C_IN=s.c_in,
             WIDTH=s.width,
             TAPS=s.taps,
@@ -208,19 +214,20 @@ def launch_network_backward(
     wide networks; see `network_backward`."""
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     w1, w2, w3 = s.unpack(packed)
-    blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device))
-    blocks1, tiles1, constants1 = _dh1_grid(s, architecture(x.device))
+    blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device), weights)
+    blocks1, tiles1, constants1 = _dh1_grid(s, architecture(x.device), weights)
     sums = s.sums
     numbers1, numbers2 = (sum(sums[:3]), sum(sums[3:])) if weights else (0, 0)
     splits1, splits2, size = partial_sums(s, weights, x.device)
+    of1: Sequence[Tensor | None] = (None,) * 3
+    of2 = of1
     if weights:
         partials = x.new_empty(size, dtype=torch.float32)
         split: Any = torch.split_with_sizes  # half the host's time of `Tensor.split`
         partial1, partial2 = split(partials, [splits1 * numbers1, splits2 * numbers2])
-        dw1, dw2, db1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
-        dw3, db2, db3 = split(partial2.view(splits2, numbers2), sums[3:], 1)
-    else:
-        dw1 = dw2 = dw3 = db1 = db2 = db3 = None
+        of1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
+        of2 = split(partial2.view(splits2, numbers2), sums[3:], 1)
+    (dw1, dw2, db1), (dw3, db2, db3) = of1, of2
     dh2 = torch.empty_like(h2)
     stored = constants1["ROWS"]
     taps = empty_images(x, blocks1 * stored * s.c_in)
@@ -293,6 +300,6 @@ def w2_gradient(dh2: Tensor, h1: Tensor) -> Tensor:
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b, with a result in float32 that is not rounded to the dtype of 16-bit factors."""
-    if a.dtype != torch.float32 and a.is_cuda:
+    if a.dtype != torch.float32 and on_gpu(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -63,6 +63,11 @@ class Shape(NamedTuple):
         return self.shaped(torch.split_with_sizes(packed, sizes))
 
     @property
+    def flops(self) -> list[int]:
+        """Operations of the product with each weight."""
+        return [2 * self.pixels * math.prod(shape) for shape in self.weights]
+
+    @property
     def sums(self) -> list[int]:
         """Sizes of the sums over pixels: d W1, d W2 (0 if no kernel computes it), d b1, d W3, d b2,
         d b3. The launch of d h1 computes the first three, that of d h2 the others."""

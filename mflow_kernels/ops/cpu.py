@@ -7,11 +7,12 @@ or `serves_conv1x1` first.
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.layouts import dense_pixels, net_input
 from mflow_kernels.ops.partial_sums import empty_partial_sums
 from mflow_kernels.ops.scale import ScaleFunction
@@ -39,8 +40,14 @@ def serves(x: Tensor) -> bool:
         and not transformed()
         and type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
-        and x.device.type == "cpu"
+        and (is_walked() if x.is_meta else x.device.type == "cpu")
     )
+
+
+def _run(loop: str, *arguments: Any) -> None:
+    """Run a loop of the extension."""
+    if not noted(loop, (), ()):
+        getattr(_C, loop)(torch.get_num_threads(), *arguments)
 
 
 # The largest number of channels that the loops of 1x1 convolutions take.
@@ -54,10 +61,9 @@ def serves_conv1x1(x: Tensor) -> bool:
 
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
     """Compute `coupling.affine_coupling_ref`."""
-    assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _C.couple(torch.get_num_threads(), x, params, y, ledger, scale.args, inverse)
+    _run("couple", x, params, y, ledger, scale.args, inverse)
     return y, ledger
 
 
@@ -105,11 +111,10 @@ def _coupling_backward(
         identity_channels: number of channels that the coupling passes through; 0 if the tensors are
             halves.
     """
-    assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
-    _C.coupling_backward(
-        torch.get_num_threads(),
+    _run(
+        "coupling_backward",
         identity_channels,
         given,
         params,
@@ -128,10 +133,9 @@ def spline(
     x: Tensor, params: Tensor, spline_args: tuple[object, ...], identity: int, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `rational_quadratic.transform_ref`. `spline_args` are `Spline.args`."""
-    assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _C.spline(torch.get_num_threads(), identity, x, params, y, ledger, spline_args, inverse)
+    _run("spline", identity, x, params, y, ledger, spline_args, inverse)
     return y, ledger
 
 
@@ -145,12 +149,9 @@ def spline_backward(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute `rational_quadratic.transform_backward_ref`, with dlogdet (N,)."""
-    assert _C is not None
     x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
-    _C.spline_backward(
-        torch.get_num_threads(), identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse
-    )
+    _run("spline_backward", identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse)
     return dx, dparams.to(params.dtype)
 
 
@@ -168,13 +169,12 @@ def conv1x1(
     One stride must reach the pixels of x (`dense_pixels`). Returns y, the network input cut from y,
     and the ledger (empty without params).
     """
-    assert _C is not None
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
     cut = net_dtype == x.dtype
-    _C.conv1x1(
-        torch.get_num_threads(),
+    _run(
+        "conv1x1",
         x,
         params,
         weight,
@@ -205,11 +205,10 @@ def coupling_conv1x1_backward(
 
     One stride must reach the pixels of x and params (`dense_pixels`). dledger is (N, 1).
     """
-    assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     outer_sum, dbias = sums(x, weight)
-    _C.coupling_conv1x1_backward(
-        torch.get_num_threads(),
+    _run(
+        "coupling_conv1x1_backward",
         x,
         params,
         dy,
@@ -243,15 +242,14 @@ def conv1x1_backward(
     Returns x, allocated like dx, and the network input cut from it. Without weight_inverse, x is
     None and the network input is empty.
     """
-    assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
     cut = x is not None and net_dtype == dx.dtype
     if not dx.numel():
         outer_sum.zero_()
         dbias.zero_()
-    _C.conv1x1_backward(
-        torch.get_num_threads(),
+    _run(
+        "conv1x1_backward",
         y,
         dy,
         dnet,

@@ -2,10 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from mflow_kernels.ops.compiler import TRITON_INSTALLED, triton
+from mflow_kernels.ops.written import written_arguments
 
 # Whether kernels run on CPU tensors, in Triton's interpreter or in the PTX machine of tests/ptx.
 KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,9 +55,53 @@ def uses_triton(x: Tensor) -> bool:
 
     Kernels run on CUDA, and on a CPU if KERNELS_ON_CPU. They need Triton, and no transform.
     """
-    kind = x.device.type
-    served = kind == "cuda" or (KERNELS_ON_CPU and kind == "cpu")
-    return served and TRITON_INSTALLED and not transformed()
+    served = on_gpu(x.device) or (KERNELS_ON_CPU and x.device.type == "cpu")
+    return served and (TRITON_INSTALLED or _walk is not None) and not transformed()
+
+
+class Walk(NamedTuple):
+    """A walk through code on meta tensors, which have no memory.
+
+    Attributes:
+        gpu: whether these tensors stand for a GPU's. Code then takes the paths that it takes there.
+        note: called as note(kernel, read, written, flops) for each launch, with the kernel's name,
+            the tensors that it reads and writes, and the operations of its products.
+    """
+
+    gpu: bool
+    note: Callable[[str, list[Tensor], list[Tensor], int], object]
+
+
+_walk: Walk | None = None
+
+
+@contextmanager
+def walking(walk: Walk) -> Iterator[None]:
+    """Within this context, launches and loops of csrc are noted and compute nothing."""
+    global _walk
+    before, _walk = _walk, walk
+    try:
+        yield
+    finally:
+        _walk = before
+
+
+def is_walked() -> bool:
+    return _walk is not None
+
+
+def noted(kernel: str, read: Iterable[Tensor | None], written: Iterable[Tensor | None]) -> bool:
+    """Note a launch of csrc if a walk is on; False if it must run."""
+    if _walk is None:
+        return False
+    given, results = ([t for t in group if t is not None] for group in (read, written))
+    _walk.note(kernel, given, results, 0)
+    return True
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether `device` is CUDA, or stands for it in a walk."""
+    return device.type == "cuda" or (_walk is not None and _walk.gpu)
 
 
 HOPPER = 90
@@ -113,13 +158,26 @@ def cusolver() -> Iterator[None]:
 _cusolver_warned = False
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
     Triton itself launches on the current device, which may be another one. A fake tensor has no
     memory, so its launch does nothing.
+
+    Args:
+        flops: operations of the kernel's products, two for a multiplication and its addition. Those
+            that several programs repeat count each time. Only a walk reads them.
     """
     first = args[0][0] if isinstance(args[0], tuple) else args[0]  # a tuple is from `strided`
+    if _walk is not None:
+        names = written_arguments(kernel)
+        groups: tuple[list[Tensor], list[Tensor]] = [], []
+        for written, argument in zip(names, args, strict=False):
+            tensor = argument[0] if isinstance(argument, tuple) else argument
+            if isinstance(tensor, Tensor):
+                groups[written].append(tensor)
+        _walk.note(getattr(kernel, "__name__", str(kernel)).strip("_"), *groups, flops)
+        return
     if isinstance(first, FakeTensor):
         return
     device = first.device

@@ -43,7 +43,7 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.cpu import _C
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
@@ -134,7 +134,7 @@ def _native(device: torch.device) -> ModuleType | None:
     """The extension if it has kernels for `device`; None if the reference must run."""
     if transformed() or (device.type == "cuda" and _why_not_cuda(device)):
         return None
-    return _C if device.type in ("cpu", "cuda") else None
+    return _C if device.type in ("cpu", "cuda") or is_walked() else None
 
 
 def _must_widen(input: Tensor) -> bool:
@@ -142,14 +142,21 @@ def _must_widen(input: Tensor) -> bool:
     return input.device.type == "cpu" and input.dtype == torch.float16
 
 
-def _launch(kernel: Any, problem: tuple[Any, ...], *rest: Tensor | None) -> None:
+def _launch(
+    kernel: Any,
+    problem: tuple[Any, ...],
+    given: tuple[Tensor, ...],
+    results: tuple[Tensor | None, ...],
+) -> None:
     input, target, mask, weight, scale, rho, delta = problem
     dtype = accumulator(input.dtype)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)
-    arguments = (input, target, mask, weight, scale, rho, delta, *rest)
+    if noted("masked_penalty", (input, target, mask, weight, *given), results):
+        return
+    arguments = (input, target, mask, weight, scale, rho, delta, *given, *results)
     if input.is_cuda:
         with torch.cuda.device(input.device):
             kernel(True, torch.cuda.current_stream().cuda_stream, *arguments)
@@ -189,7 +196,7 @@ def _forward(
     tiles = -(-math.prod(input.shape[1:]) // native.tile)
     partial = penalty.new_empty(2 * samples * tiles if tiles > 1 else 0)
     problem = input, target, mask, weight, scale, rho, delta
-    _launch(native.masked_penalty, problem, penalty, gaussian, partial)
+    _launch(native.masked_penalty, problem, (), (penalty, gaussian, partial))
     return penalty, gaussian
 
 
@@ -240,7 +247,7 @@ def _backward(
         return dinput.copy_(wide[0]), dtarget.copy_(wide[1])
     problem = input, target, mask, weight, scale, rho, delta
     results = dinput if for_input else None, dtarget if for_target else None
-    _launch(native.masked_penalty_backward, problem, grad_penalty, grad_gaussian, *results)
+    _launch(native.masked_penalty_backward, problem, (grad_penalty, grad_gaussian), results)
     return dinput, dtarget
 
 

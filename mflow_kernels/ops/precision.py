@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.compiler import tl
+from mflow_kernels.ops.launch import is_walked
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -17,8 +18,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; the meta device has none."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for a device."""
+    kind = autocast_kind(device)
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def autocast_kind(device: torch.device) -> str:
+    """The type of device whose autocast applies to tensors on `device`. The meta device has none,
+    and the CPU's in a walk."""
+    return "cpu" if device.type == "meta" and is_walked() else device.type
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -28,10 +36,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """
     if x.dtype == torch.float64 or not autocasts(x.device):
         return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(autocast_kind(x.device))
 
 
 def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
     """A context that turns autocast off, so that products of states keep their precision."""
     device = on if isinstance(on, torch.device) else on.device
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    if not autocasts(device):
+        return nullcontext()
+    return torch.autocast(autocast_kind(device), enabled=False)

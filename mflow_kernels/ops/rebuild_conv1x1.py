@@ -232,6 +232,7 @@ def launch_rebuild_conv1x1(
             *(*states, strided(dnet), weight, weight_inverse, bias, *results),
             *(strided(stored), outer_sum, dbias, n, p, tiles.programs),
             *([splits] if wide else []),
+            flops=3 * 2 * n * p * c**2,
             C=c,
             **(arithmetic(y_b, "tf32x3") if wide else {}),
             **tile.blocks,

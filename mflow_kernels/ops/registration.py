@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 
+# The computation of each operator by its name. A walk runs it where meta tensors would skip it.
+COMPUTATIONS: dict[str, Callable[..., Any]] = {}
+
 
 def register(
     name: str,
@@ -35,10 +38,12 @@ def register(
     """
     registered = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
     registered.register_fake(fake)
+    COMPUTATIONS[f"mflow::{name}"] = forward
     run = None
     if backward is not None and fake_backward is not None:
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
         run.register_fake(fake_backward)
+        COMPUTATIONS[f"mflow::{name}_backward"] = backward
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
     return registered, eager_function(forward, setup, partial(gradient, run=backward))
 

@@ -153,12 +153,14 @@ def plan(options: dict[str, Any]) -> Work:
     prepare or the name of a data set as --data. For a folder or zip, give --image-size and
     --channels too, and without data also --images.
     """
+    import dataclasses
+
     import torch
 
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.splits import count_training_images
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.memory import resolve_config
+    from mflow_kernels.training.memory import resolve_config, walk
     from mflow_kernels.training.plan import (
         describe_fit,
         describe_peak,
@@ -182,9 +184,15 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    parts = [describe_peak(resolved, gpu), describe_training(resolved, images)]
+    steps = walk(resolved)
+    parts = [describe_peak(resolved, steps)]
+    if not gpu and config.device != "cpu":  # the hours are those of GPUs, which this machine lacks
+        on_gpu = dataclasses.replace(resolved, device="cuda")
+        parts.append(describe_training(on_gpu, walk(on_gpu), images))
+    else:
+        parts.append(describe_training(resolved, steps, images))
     if gpu_memory is not None:
-        parts.append(describe_fit(resolved, gpu_memory))
+        parts.append(describe_fit(resolved, steps, gpu_memory))
     return lambda: print("\n\n".join(parts))
 
 

@@ -2,15 +2,23 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import counted
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.cards import CARDS
-from mflow_kernels.training.coupling_shapes import FLOAT, coupling_shapes, parameter_count
-from mflow_kernels.training.memory import evaluation_memory, largest_batch, peak_memory
-from mflow_kernels.training.step_kernels import training_step
+from mflow_kernels.training.memory import (
+    AVERAGE,
+    OPTIMIZER,
+    Step,
+    checkpoint_bytes,
+    evaluation_memory,
+    highest,
+    largest_batch,
+    walk,
+)
 
 ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its real time
 
@@ -22,20 +30,13 @@ def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | 
     return config.flows[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
-def least_step_seconds(config: RunConfig, stage: int, card: str) -> float:
-    """Return the lower bound of the time of one optimizer step of a stage on a card of `CARDS`."""
-    return CARDS[card].lower_bound(training_step(config, stage))
+def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
+    """Return the part of `mflow plan` on the configuration and its peak memory.
 
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments."""
-    return 2 * peak_memory(config).parameters + 2 * FLOAT * sum(_parameters(config))
-
-
-def describe_peak(config: RunConfig, gpu: bool) -> str:
-    """Return the part of `mflow plan` on the configuration and its peak memory."""
-    config = config if gpu else dataclasses.replace(config, device="cpu")
-    peak = peak_memory(config)
+    Args:
+        steps: `walk(config)`.
+    """
+    step, gpu = highest(steps), config.device != "cpu"
     states = (
         "stored"
         if not config.reversible
@@ -51,14 +52,15 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f", while stage {peak.stage + 1} trains" if config.stages else ""),
+        + (f", while stage {step.stage + 1} trains" if config.stages else ""),
     ]
-    rows = {label: value for label, value in peak.by_label().items() if value}
-    rows["total"] = peak.total
+    rows = {label: value for label, value in step.peak.items() if value}
+    rows["total"] = step.total
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
     if parts:
-        first = evaluation_memory(config, config.batch_size) + peak.average + peak.optimizer
+        first = evaluation_memory(config, config.batch_size)
+        first += step.peak[AVERAGE] + step.peak[OPTIMIZER]
         lines.append(
             f"The first batch of a stage passes whole, without gradients: {readable(first)}"
         )
@@ -99,22 +101,24 @@ def readable(size: int) -> str:
     return f"{size / 1000:.1f} kB"
 
 
-def describe_training(config: RunConfig, images: int | None) -> str:
+def describe_training(config: RunConfig, steps: Sequence[Step], images: int | None) -> str:
     """Return the part of `mflow plan` on parameters, steps, disk and hours.
 
     Args:
         config: what to train.
+        steps: `walk(config)`, on a GPU unless the device is a CPU.
         images: number of training images. If it is None, the text says how to give the number.
     """
     on_gpu = config.device != "cpu"
     head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]
     rows = [head]
-    for stage, parameters in enumerate(_parameters(config)):
-        steps = optimizer_steps(config, stage, images)
-        cells = [f"stage {stage + 1}", f"{parameters:,}", "?" if steps is None else f"{steps:,}"]
-        for card in CARDS if on_gpu else ():
-            seconds = least_step_seconds(config, stage, card) / ROOFLINE_SHARE
-            cells.append("?" if steps is None else f"{steps * seconds / 3600:.2f}")
+    for step in steps:
+        count = optimizer_steps(config, step.stage, images)
+        cells = [f"stage {step.stage + 1}", f"{step.parameters:,}"]
+        cells.append("?" if count is None else f"{count:,}")
+        for card in CARDS.values() if on_gpu else ():
+            hours = card.lower_bound(step.kernels) / ROOFLINE_SHARE / 3600
+            cells.append("?" if count is None else f"{count * hours:.2f}")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
@@ -128,7 +132,7 @@ def describe_training(config: RunConfig, images: int | None) -> str:
             f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation "
             "and evaluation are not included.",
         ]
-    checkpoint = checkpoint_bytes(config)
+    checkpoint = checkpoint_bytes(steps)
     lines += [
         "",
         f"Disk: two checkpoints of {readable(checkpoint)} each, and a third while one is written",
@@ -139,9 +143,13 @@ def describe_training(config: RunConfig, images: int | None) -> str:
     return "\n".join(lines)
 
 
-def describe_fit(config: RunConfig, gpu_memory: int) -> str:
-    """Return the lines of `mflow plan` that say what fits in the memory, and which options help."""
-    batch, room = largest_batch(config, gpu_memory), readable(gpu_memory)
+def describe_fit(config: RunConfig, steps: Sequence[Step], gpu_memory: int) -> str:
+    """Return the lines of `mflow plan` that say what fits in the memory, and which options help.
+
+    Args:
+        steps: `walk(config)`.
+    """
+    batch, room = largest_batch(config, gpu_memory, steps), readable(gpu_memory)
     fits = config.batch_size <= batch
     largest = f"{batch:,}" if batch else "none fits"
     lines = [f"{'Fits' if fits else 'Does not fit'} in {room}. Largest batch in {room}: {largest}"]
@@ -149,23 +157,20 @@ def describe_fit(config: RunConfig, gpu_memory: int) -> str:
         lines.append(
             "Nobody has trained with batches of that size, or tuned a learning rate for it."
         )
-    other = dataclasses.replace(config, reversible=not config.reversible)
-    needed = peak_memory(other).total
+    other = walk(dataclasses.replace(config, reversible=not config.reversible))
+    needed = highest(other).total
     if config.reversible and needed <= gpu_memory:
-        rebuilt, stored = training_step(config, 0), training_step(other, 0)
+        rebuilt, stored = steps[0].kernels, other[0].kernels
         moved = 1 - sum(k.moved for k in stored) / sum(k.moved for k in rebuilt)
         flops = 1 - sum(k.flops for k in stored) / sum(k.flops for k in rebuilt)
+        hours = CARDS["H100"].lower_bound(rebuilt) / CARDS["H100"].lower_bound(stored) - 1
         lines.append(
             f"--no-reversible fits too ({readable(needed)}). In a step of stage 1 it saves "
-            f"{moved:.0%} of the bytes\nand {flops:.0%} of the operations."
+            f"{moved:.0%} of the bytes\nand {flops:.0%} of the operations; "
+            f"by the H100's lower bounds, rebuilding takes {hours:.0%} more time."
         )
     elif config.reversible and fits:
         lines.append(f"--no-reversible does not fit: it takes {readable(needed)}.")
     elif not config.reversible and not fits and needed <= gpu_memory:
         lines.append(f"--reversible fits: it takes {readable(needed)}.")
     return "\n".join(lines)
-
-
-def _parameters(config: RunConfig) -> list[int]:
-    """Return the number of parameters of each stage."""
-    return [parameter_count(coupling_shapes(config, i)) for i in range(len(config.flows))]

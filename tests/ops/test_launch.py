@@ -1,5 +1,6 @@
 """Strides, tiles, and the layouts that need no copy."""
 
+import inspect
 from itertools import product
 
 import pytest
@@ -19,13 +20,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness.inputs import Draw
 from mflow_kernels.ops import channel_products, coupling_network_launches
+from mflow_kernels.ops.actnorm import _actnorm_bwd_kernel
 from mflow_kernels.ops.addresses import strided
+from mflow_kernels.ops.compiler import tl
 from mflow_kernels.ops.coupling_conv1x1 import launch_coupling_conv1x1_backward
+from mflow_kernels.ops.coupling_kernels import _coupling_fwd_kernel
+from mflow_kernels.ops.coupling_network_kernels import _network_kernel
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels, strides
+from mflow_kernels.ops.logdet import _accumulate_kernel
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
+from mflow_kernels.ops.rebuild_conv1x1_kernels import (
+    _rebuild_conv1x1_kernel,
+    _rebuild_conv1x1_wide_kernel,
+)
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import tile_columns
+from mflow_kernels.ops.written import written_arguments
 
 
 @pytest.mark.parametrize(
@@ -207,3 +218,24 @@ def test_loops_that_would_race_are_not_pipelined(monkeypatch, kernel, precision,
 def refuse_cuda(monkeypatch):
     for name in ("current_device", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("asked CUDA"))
+
+
+def test_written_arguments_are_those_that_a_kernel_stores_to():
+    """Directly, by a computed address, in a helper, and in a helper of a helper."""
+    expected = {
+        _accumulate_kernel: "logdet",
+        _actnorm_bwd_kernel: "dx partials",
+        _coupling_fwd_kernel: "y ledger",
+        _network_kernel: "row_sums h1 h2",
+        _rebuild_conv1x1_kernel: "x_a x_b dx_a dx_b net outer_sum dbias",
+        _rebuild_conv1x1_wide_kernel: "x dx net outer_sum dbias",
+    }
+    for kernel, names in expected.items():
+        function = getattr(kernel, "fn", kernel)
+        parameters = inspect.signature(function).parameters
+        written = [
+            name
+            for name, is_written in zip(parameters, written_arguments(kernel), strict=True)
+            if is_written and not (name.isupper() or parameters[name].annotation is tl.constexpr)
+        ]
+        assert written == names.split(), function.__name__

@@ -14,9 +14,10 @@ from training.spies import spy
 from training.stopped_runs import assert_same_run, exit_code, start
 
 from mflow_kernels.data import files
-from mflow_kernels.runs import checkpoints
-from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, CheckpointFiles, _Sink
+from mflow_kernels.runs.checkpoints import LAST, PREVIOUS
+from mflow_kernels.training import checkpoints
 from mflow_kernels.training.callbacks import MetricsCsv
+from mflow_kernels.training.checkpoints import CheckpointFiles, _Sink
 from mflow_kernels.training.cli import main
 
 
