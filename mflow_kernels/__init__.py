@@ -24,6 +24,7 @@ __all__ = [
     "Estimate",
     "Flow",
     "FlowStep",
+    "GaussianMixture",
     "Glow",
     "HierarchicalFlow",
     "IntrinsicDimension",

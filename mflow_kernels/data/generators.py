@@ -19,6 +19,7 @@ class Stream(IntEnum):
     REPORT_NOISE = 7
     REPORT_SAMPLES = 8
     MISSING_PIXELS = 9
+    FIRST = 10  # images and noise that a stage starts from
 
 
 def stream_generator(

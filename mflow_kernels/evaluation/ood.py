@@ -16,7 +16,7 @@ from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models import HierarchicalFlow, local_dimension
 from mflow_kernels.models.bits import bits_per_dimension
-from mflow_kernels.models.chart import normal_score, off_manifold_score
+from mflow_kernels.models.chart import off_manifold_score
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # largest number of scored images of each set
@@ -185,7 +185,8 @@ def score_images(
         if training is not None:
             parts["typicality"].append((bits - training.bits_per_dim).abs())
         if deviation:
-            latent = off_manifold_score(distance, deviation, off) + normal_score(u)
+            latent = off_manifold_score(distance, deviation, off)
+            latent -= model.coordinates_log_prob(u)
             parts["latent_score"].append(latent)
         count = min(left, len(x))
         for first in range(0, count, DENSITY_BATCH):

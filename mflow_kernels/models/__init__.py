@@ -7,6 +7,7 @@ from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.jet import Jet
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.models.penalty_weight import ErrorBound, WeightSchedule
 from mflow_kernels.models.selection import (
@@ -21,6 +22,7 @@ __all__ = [
     "Chart",
     "ErrorBound",
     "Estimate",
+    "GaussianMixture",
     "Glow",
     "HierarchicalFlow",
     "IntrinsicDimension",

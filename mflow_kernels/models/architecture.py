@@ -32,6 +32,7 @@ from mflow_kernels.layers.networks import CouplingNetwork, coupling_net, has_hoo
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.objectives import ManifoldObjective
 from mflow_kernels.models.penalty_weight import ErrorBound, WeightSchedule
 from mflow_kernels.ops.scale import ScaleFunction
@@ -78,12 +79,14 @@ def _layer(net: Any, name: str) -> Any:
     return found
 
 
-def _manifold_flow(flow: Any, manifold_dim: int, objective: ManifoldObjective) -> ManifoldFlow:
+def _manifold_flow(
+    flow: Any, manifold_dim: int, objective: ManifoldObjective, prior: GaussianMixture | None = None
+) -> ManifoldFlow:
     if type(manifold_dim) is int and manifold_dim == 0:
         none = torch.zeros((), dtype=torch.bool, device="cpu")
         mask = tuple(none.expand(shape) for shape in flow.latent_shapes)
         return ManifoldFlow(flow, mask=mask, objective=objective)
-    return ManifoldFlow(flow, manifold_dim, objective=objective)
+    return ManifoldFlow(flow, manifold_dim, objective=objective, prior=prior)
 
 
 _FLOW: dict[str, Any] = {
@@ -131,7 +134,9 @@ KINDS = {
             flow="flow",
             manifold_dim="manifold_dim",
             objective="objective",
+            prior="prior",
         ),
+        _kind(GaussianMixture, dim="dim", components="components"),
         _kind(HierarchicalFlow, stages="stages"),
         _kind(ActNorm, channels=lambda layer: len(layer.bias)),
         _kind(InvertibleConv1x1, channels="channels", n_split="n_split"),
@@ -169,6 +174,12 @@ KINDS = {
         _dataclass(ErrorBound),
         _dataclass(ScaleFunction),
     )
+}
+# Arguments that the files of earlier versions lack, with the values that these versions used.
+_ADDED_LATER: dict[str, dict[str, Any]] = {
+    "ManifoldFlow": {"prior": None},
+    "ReversibleChain": {"masked": False},
+    "InvertibleConv1x1": {"n_split": None},
 }
 _MODELS = ("Glow", "VectorFlow", "ReversibleChain", "ManifoldFlow", "HierarchicalFlow")
 # Attributes that do not change what a model computes, or that are stored beside the architecture.
@@ -220,6 +231,7 @@ def build(description: Any) -> Any:
     if kind is None:
         raise ValueError(f"class: expected one of {', '.join(KINDS)}, got {name!r}")
     arguments = {n: value for n, value in description.items() if n != "class"}
+    arguments = _ADDED_LATER.get(name, {}) | arguments  # type: ignore[arg-type]
     if arguments.keys() != kind.arguments.keys():
         expected, actual = (", ".join(sorted(names)) for names in (kind.arguments, arguments))
         raise ValueError(f"{name}: expected the arguments {expected}, got {actual}")

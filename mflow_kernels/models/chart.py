@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from mflow_kernels.layers.distribution import FlowDistribution
 from mflow_kernels.layers.flow import Context, for_each, numbered, sample_normal
 from mflow_kernels.layers.model import Model
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Chart(nn.Module, Model):
-    """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
+    """The manifold {decode(u)} in the space of x, with a density p(u) of u (N, d).
 
     `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode`, `lift` and `log_prob`; the
     other methods are built on these. A `context` is passed to the flows; it has one entry for each
@@ -24,6 +25,20 @@ class Chart(nn.Module, Model):
 
     input_shape: tuple[int, ...]
     manifold_dim: int
+    prior: GaussianMixture | None  # p(u); None stands for N(0, I)
+
+    def coordinates_log_prob(self, u: Tensor) -> Tensor:
+        """Return log p(u) (N,) of coordinates u (N, d), in nats."""
+        return -normal_score(u) if self.prior is None else self.prior.log_prob(u)
+
+    def sample_coordinates(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw u (n, d) from p(u). The temperature scales its deviation from the mean, of N(0, I)
+        or of each component of a mixture."""
+        if self.prior is None:
+            return sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        return self.prior.sample(n, temperature=temperature, generator=generator)
 
     def encode(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
@@ -41,7 +56,7 @@ class Chart(nn.Module, Model):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw v, and return x with coordinates u (N, d) and v, and log p(x) - log N(u; 0, I) (N,).
+        """Draw v, and return x with coordinates u (N, d) and v, and log p(x) - log p(u) (N,).
 
         v, the coordinates off the manifold, come from p_V and are scaled by the temperature.
         """
@@ -120,7 +135,7 @@ class Chart(nn.Module, Model):
             generator=generator,
             max_bytes=max_bytes,
         )
-        return Estimate(-normal_score(u) - volume.value, volume.error)
+        return Estimate(self.coordinates_log_prob(u) - volume.value, volume.error)
 
     def interpolate(
         self, x0: Tensor, x1: Tensor, steps: int, *, context: Context | None = None
@@ -161,7 +176,7 @@ class Chart(nn.Module, Model):
     ) -> Tensor:
         """Fill in the missing pixels of x from the manifold.
 
-        u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
+        u minimizes -log p(u) + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
         starts from encode(x), after decode(0) has filled in the missing pixels of x. Each sample is
         fitted alone.
@@ -203,7 +218,9 @@ class Chart(nn.Module, Model):
         for _ in range(steps):
             with torch.enable_grad():
                 error = torch.where(known, x - self.decode(u, context=context), 0.0)
-                loss = u.square().sum() / 2 + error.square().sum() / (2 * deviation**2)
+                loss = (
+                    error.square().sum() / (2 * deviation**2) - self.coordinates_log_prob(u).sum()
+                )
             (u.grad,) = torch.autograd.grad(loss, u)
             adam.step()
             falling.step()
@@ -250,7 +267,7 @@ class Chart(nn.Module, Model):
                 required.
             context: one for each sample, or one for all.
             volume: whether p is the density on the manifold. If False, p is the density of u,
-                N(u; 0, I), without the volume term 1/2 log det J^T J. The score then takes two
+                p(u), without the volume term 1/2 log det J^T J. The score then takes two
                 passes through the flow, for any number of dimensions.
             density: keyword arguments of `manifold_log_prob`.
         """
@@ -266,7 +283,7 @@ class Chart(nn.Module, Model):
         distance = (x - self.decode(u, context=context)).flatten(1).norm(dim=1)
         off = off_manifold_score(distance, deviation, math.prod(self.input_shape) - u.shape[1])
         if not volume:
-            return off + normal_score(u)
+            return off - self.coordinates_log_prob(u)
         return off - self.manifold_log_prob(x, context=context, **density).value
 
     @torch.no_grad()
@@ -279,13 +296,13 @@ class Chart(nn.Module, Model):
         generator: torch.Generator | None = None,
         off_manifold: bool = False,
     ) -> Tensor:
-        """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
+        """Draw n points on the manifold: u from `sample_coordinates`, v = 0.
 
         With `off_manifold`, v is drawn from p_V and scaled by the temperature; at a temperature of
         1 the points then have the density `log_prob`. `generator` must be on the model's device;
         `context` has one entry for each point, or one for all.
         """
-        u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        u = self.sample_coordinates(n, temperature=temperature, generator=generator)
         if off_manifold:
             return self.lift(u, context=context, temperature=temperature, generator=generator)[0]
         return self.decode(u, context=context)
@@ -303,9 +320,9 @@ class Chart(nn.Module, Model):
         One inverse pass computes both. Both have gradients with respect to the parameters and the
         context, u and v being constant.
         """
-        u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        u = self.sample_coordinates(n, temperature=temperature, generator=generator)
         x, outside = self.lift(u, context=context, temperature=temperature, generator=generator)
-        return x, outside - normal_score(u.to(outside.dtype))
+        return x, outside + self.coordinates_log_prob(u.to(outside.dtype))
 
     def distribution(
         self, context: Context | None = None, *, generator: torch.Generator | None = None

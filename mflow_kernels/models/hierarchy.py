@@ -6,9 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import Context, sample_normal
+from mflow_kernels.layers.flow import Context
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.ops.checks import check_count
 
@@ -47,6 +48,11 @@ class HierarchicalFlow(Chart):
         self.stages = nn.ModuleList(stages)
         self.input_shape = stages[0].input_shape
         self.manifold_dim = stages[-1].manifold_dim
+
+    @property
+    def prior(self) -> GaussianMixture | None:  # type: ignore[override]
+        """The prior of the last stage."""
+        return cast(ManifoldFlow, self.stages[-1]).prior
 
     def terms(
         self, x: Tensor, *, stage: int, release: bool = False, context: Context | None = None
@@ -162,12 +168,12 @@ class HierarchicalFlow(Chart):
         generator: torch.Generator | None = None,
         off_manifold: bool = False,
     ) -> Tensor:
-        """Draw n points on the manifold: u of the last stage ~ N(0, temperature^2), every v = 0.
+        """Draw n points on the manifold: u of the last stage from its prior, every v = 0.
 
         `stages` is as for `encode`. The rest is as for `Chart.sample`.
         """
-        dim = self._until(stages, least=1)[-1].manifold_dim
-        u = sample_normal(self, (n, dim), temperature, generator)
+        last = self._until(stages, least=1)[-1]
+        u = last.sample_coordinates(n, temperature=temperature, generator=generator)
         if off_manifold:
             how: dict[str, Any] = {"temperature": temperature, "generator": generator}
             return self.lift(u, stages=stages, context=context, **how)[0]

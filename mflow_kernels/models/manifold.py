@@ -11,6 +11,7 @@ from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.layers.flow import Context, check_temperature, given
 from mflow_kernels.models.chart import Chart, check_manifold_dim
 from mflow_kernels.models.images import warn_of_raw_images
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_tensor
 
@@ -39,12 +40,16 @@ class ManifoldFlow(Chart):
             default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
             as u of another flow: a standard normal coordinate e costs e^2 / 2 more off the manifold
             than on it, which is 0.5 nats on average.
+        prior: the density of u, a `GaussianMixture(manifold_dim, ...)`; N(0, I) by default.
+            `initialize` fits it, and training changes it with the flow.
 
     Raises:
         TypeError: the mask is not a tuple of bool tensors, the flow's `input_shape` or
-            `latent_shapes` is missing or None, or the objective is not a ManifoldObjective.
+            `latent_shapes` is missing or None, the objective is not a ManifoldObjective, or the
+            prior not a GaussianMixture.
         ValueError: manifold_dim and mask are both missing or disagree, the dimension is out of
-            range, or a mask or a map of weights does not broadcast.
+            range, a mask or a map of weights does not broadcast, or the prior has other dimensions
+            than u.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class ManifoldFlow(Chart):
         *,
         mask: tuple[Tensor, ...] | None = None,
         objective: ManifoldObjective | None = None,
+        prior: GaussianMixture | None = None,
     ) -> None:
         super().__init__()
         if any(getattr(flow, name, None) is None for name in ("input_shape", "latent_shapes")):
@@ -79,6 +85,13 @@ class ManifoldFlow(Chart):
         with torch.device("cpu"):  # the choice is read here, and a flow on "meta" has no values
             flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
+        if not isinstance(prior, (GaussianMixture, type(None))):
+            raise TypeError(f"prior: expected a GaussianMixture, got {type(prior).__name__}")
+        if prior is not None and prior.dim != self.manifold_dim:
+            raise ValueError(
+                f"prior: expected the {self.manifold_dim} dimensions of u, got {prior.dim}"
+            )
+        self.prior = prior
         device = next(flow.parameters(), flat).device
         for i, part in enumerate(self.unflatten((~flat)[None])):
             # The penalty reads mask and latent together, and latents of images are channels_last.
@@ -157,10 +170,13 @@ class ManifoldFlow(Chart):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Initialize the flow's actnorms from a first batch x, and return `latents(x)`.
 
-        See `ActNorm`.
+        See `ActNorm`. A prior is fitted to u of this batch, so give it thousands of samples.
         """
         z, logdet = self.flow.initialize(x, *given(context, x, self.flow))
-        return z if isinstance(z, tuple) else (z,), logdet
+        latents = z if isinstance(z, tuple) else (z,)
+        if self.prior is not None:
+            self.prior.fit(self.gather(latents))
+        return latents, logdet
 
 
 def _on_mask(

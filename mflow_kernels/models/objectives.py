@@ -4,7 +4,8 @@ A mask divides the latent pixels into u, coordinates on the manifold, and v, whi
 
     L(x) = -log N(u; 0, I) - log p_V(v) - log |det df/dx| + sum_i w_i rho(e_i)
 
-rho is "l2", e^2 / 2, or another function of `ops/penalty_functions.py`.
+A `GaussianMixture` can take the place of N(u; 0, I). rho is "l2", e^2 / 2, or another function of
+`ops/penalty_functions.py`.
 
 The paper's abstract does not say what the errors e are. They belong to one of two domains:
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
 from mflow_kernels.layers.flow import Context
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.penalty_weight import (
     Domain,
     ErrorBound,
@@ -52,7 +54,7 @@ class Terms(NamedTuple):
         loss: L(x), which training minimizes. In the latent domain it lacks the normalizer of p_V.
         log_likelihood: log p(x) of the flow, on_manifold + off_manifold + logdet. It does not
             include the penalty of the data domain.
-        on_manifold: log N(u; 0, I).
+        on_manifold: log p(u), by default log N(u; 0, I).
         off_manifold: log p_V(v), including its normalizer.
         logdet: log |det df/dx|.
         penalty: sum of w rho(e), >= 0.
@@ -71,6 +73,7 @@ class Manifold(Protocol):
 
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
+    prior: GaussianMixture | None
 
     def latents(
         self, x: Tensor, *, context: Context | None = None
@@ -203,6 +206,7 @@ class ManifoldObjective(nn.Module):
     ) -> Terms:
         """Compute `forward` from `latents, logdet = model.latents(x, context=context)`."""
         off_loss, on, off = self._densities(model, latents)
+        on = _of_prior(model, latents, on)
         likelihood = on + off + logdet
         if self.domain == "latent":
             return Terms(off_loss - on - logdet, likelihood, on, off, logdet, off_loss)
@@ -218,7 +222,7 @@ class ManifoldObjective(nn.Module):
         """Return log p(x) of the flow, (N,), in nats."""
         latents, logdet = model.latents(x, context=context)
         _, on, off = self._densities(model, latents)
-        return on + off + logdet
+        return _of_prior(model, latents, on) + off + logdet
 
     def off_density(self, model: Manifold, latents: tuple[Tensor, ...]) -> Tensor:
         """Return log p_V(v), (N,), in nats, including the normalizer."""
@@ -309,6 +313,13 @@ class ManifoldObjective(nn.Module):
             violation = (self.variance / weight.error).log().clamp(-1.0, 1.0)
             low, high = math.log(LEAST_WEIGHT), math.log(LARGEST_WEIGHT)
             self.log_weight.add_(BOUND_RATE * finite * violation).clamp_(low, high)
+
+
+def _of_prior(model: Manifold, latents: tuple[Tensor, ...], gaussian: Tensor) -> Tensor:
+    """Return log p(u), given log N(u)."""
+    if model.prior is None:
+        return gaussian
+    return model.prior.log_prob(model.gather(latents)).to(gaussian.dtype)
 
 
 def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float) -> Tensor:

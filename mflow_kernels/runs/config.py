@@ -112,7 +112,11 @@ class TrainConfig(
     @property
     def flows(self) -> list[Stage]:
         """The image flow, then each further flow."""
-        image = {o.name: getattr(self, o.name) for o in fields(Stage) if o.name != "dim"}
+        image = {
+            o.name: getattr(self, o.name)
+            for o in fields(Stage)
+            if o.name not in ("dim", "components")
+        }
         flows = [Stage(dim=self.manifold_dim, **image)]
         left = {name: image[name] for name in ("domain", "rho", "sigma", "learning_rate", "epochs")}
         left["weight"] = "variance" if self.weight == "variance" else 1.0
@@ -224,7 +228,7 @@ def check_precision(precision: Precision, device: str) -> None:
 
 def _check_flow(prefix: str, stage: Stage) -> None:
     """Check the values of a flow, whose names in messages start with `prefix`."""
-    for name in ("steps", "width", "epochs", "max_steps", "weight_steps"):
+    for name in ("steps", "width", "components", "epochs", "max_steps", "weight_steps"):
         if getattr(stage, name) is not None:
             check_at_least(f"{prefix}{name}", getattr(stage, name), 1)
     if not 2 <= stage.bins <= MAX_BINS:

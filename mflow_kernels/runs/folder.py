@@ -123,6 +123,8 @@ def architecture(config: RunConfig) -> dict[str, Any]:
         objective |= {"class": "ManifoldObjective", "weight": _weight(stage)}
         stages.append({"class": "ManifoldFlow", "flow": flow | how, "objective": objective})
         stages[-1]["manifold_dim"] = stage.dim
+        mixture = {"class": "GaussianMixture", "dim": stage.dim, "components": stage.components}
+        stages[-1]["prior"] = mixture if stage.components > 1 else None
     return {"class": "HierarchicalFlow", "stages": stages}
 
 

@@ -70,6 +70,8 @@ class StageOptions:
         bins: Bins of each spline, 2 to 64.
         steps: Flow steps.
         width: Hidden units of the coupling networks.
+        components: Gaussians of the mixture that is the density of the flow's own coordinates; 1
+            stands for one standard Gaussian. A covariance has dim x dim numbers.
         domain: Domain of the penalty; by default that of the image flow.
         rho: Shape of the penalty; by default that of the image flow.
         weight: Weight of the penalty; by default 1, which fits coordinates of unit variance, or
@@ -90,6 +92,7 @@ class StageOptions:
     bins: int = 8
     steps: int = 12
     width: int = 128
+    components: int = 1
     domain: Domain | None = None
     rho: Rho | None = None
     weight: Weight | None = None
@@ -114,7 +117,7 @@ class StageOptions:
 
 # The values of a further flow that have an option on the command line, such as --stage-dim.
 SHORT_STAGE_OPTIONS = (
-    *("dim", "coupling", "bins", "steps", "width", "weight"),
+    *("dim", "coupling", "bins", "steps", "width", "components", "weight"),
     *("learning_rate", "epochs", "max_steps"),
 )
 

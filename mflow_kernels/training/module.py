@@ -35,6 +35,7 @@ from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
 _BOUND_EVERY = 100  # --max-condition is enforced at this interval, in steps
+_FITTED_IMAGES = 4096  # the prior of a stage is fitted to at most this many images
 _FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -209,10 +210,29 @@ class FlowTraining(LightningModule):
             for earlier in range(stage):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
-                x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
-                self.model.initialize(x, stage=stage, context=classes)
+                if self.model.stages[stage].prior is None:
+                    x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
+                    self.model.initialize(x, stage=stage, context=classes)
+                else:
+                    self._initialize_with_prior(stage)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
+
+    def _initialize_with_prior(self, stage: int) -> None:
+        """Initialize a stage from u of more images than a batch has, because its prior is fitted
+        to them. Every rank takes the same images."""
+        train, seed = self._splits.train, self._config.seed
+        drawn = torch.randperm(len(train), generator=stream_generator(seed, Stream.FIRST, stage))
+        noise = stream_generator(seed, Stream.FIRST, stage, 1, device=self.device)
+        u, classes = [], []
+        for rows in drawn[:_FITTED_IMAGES].sort().values.split(self._config.part_size):
+            x = dequantize(train.batch(rows).to(self.device), self._config.n_bits, noise)
+            own = None if train.classes is None else train.classes[rows].to(self.device)
+            with self._autocast():
+                u.append(self.model.encode(x, stages=stage, context=own))
+            classes += [] if own is None else [own]
+        context = torch.cat(classes) if classes else None
+        cast(ManifoldFlow, self.model.stages[stage]).initialize(torch.cat(u), context=context)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run the forward pass, and the backward pass of every part of the batch but the last."""
