@@ -49,6 +49,11 @@ def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
             if any(isinstance(inner, list | dict) for values in nested for inner in values):
                 raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
         given = _with_stages(given)
+        if "channels" in given and isinstance(given.get("stages"), list):
+            # In a whole configuration from before mixtures, each u has one standard Gaussian.
+            stages = given["stages"]
+            stages = [{"components": 1} | s if isinstance(s, dict) else s for s in stages]
+            given = given | {"stages": stages}
         # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
         values = vars(parser.parse_object(given))
         return {name: values[name] for name in given}

@@ -70,8 +70,8 @@ class StageOptions:
         bins: Bins of each spline, 2 to 64.
         steps: Flow steps.
         width: Hidden units of the coupling networks.
-        components: Gaussians of the mixture that is the density of the flow's own coordinates; 1
-            stands for one standard Gaussian. A covariance has dim x dim numbers.
+        components: Gaussians of the mixture that is the density of this flow's coordinates, each
+            with dim x dim numbers; 1 stands for the standard Gaussian.
         domain: Domain of the penalty; by default that of the image flow.
         rho: Shape of the penalty; by default that of the image flow.
         weight: Weight of the penalty; by default 1, which fits coordinates of unit variance, or
@@ -90,9 +90,9 @@ class StageOptions:
     dim: int | None = None
     coupling: Coupling = "affine"
     bins: int = 8
-    steps: int = 12
+    steps: int = 6
     width: int = 128
-    components: int = 1
+    components: int = 20
     domain: Domain | None = None
     rho: Rho | None = None
     weight: Weight | None = None
@@ -101,7 +101,7 @@ class StageOptions:
     error_bound: float | None = None
     delta: float = 2.0
     sigma: float | None = None
-    learning_rate: float | None = 1e-2
+    learning_rate: float | None = 2.5e-3
     epochs: int | None = None
     max_steps: int | None = None
 
