@@ -112,7 +112,8 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch, device, 
     tensor = SimpleNamespace(device=torch.device(device))
     kernel = {(3, 1): lambda *args, **options: launches.append((current[-1], args, options))}
     launch(kernel, (3, 1), tensor, 7, C=12)
-    assert launches == [(tensor.device.index or 0, (tensor, 7), {"C": 12})]
+    options = {"C": 12, "enable_fp_fusion": True}
+    assert launches == [(tensor.device.index or 0, (tensor, 7), options)]
     assert guards == entered
     assert current == [0]
 
