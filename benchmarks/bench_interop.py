@@ -13,7 +13,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import REPLAY, Call, interleaved, peak_of_step
+from benchmarks.harness.measurements import REPLAY, Call, peak_of_step
 from benchmarks.harness.models import Spec, assert_gradient_close
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
@@ -36,7 +36,7 @@ def specs_of(size: str, gpu: bool) -> list[tuple[str, Spec]]:
             *((library, glow) for library in GLOWS),
             ("FastFlow", glow._replace(channels=4)),
             ("CFLOW-AD", Spec(channels=4, side=1, width=8, **vectors)),
-            ("two moons", Spec(channels=2, side=1, width=8, **vectors)),
+            *((s, Spec(channels=2, side=1, width=8, **vectors)) for s in ("two moons", *OF_NFLOWS)),
         ]
     glow = Spec(side=128, levels=1, width=256, batch=32) if gpu else Spec(levels=1)
     fast, vectors = {"levels": 1, "steps": 8}, {"side": 1, "levels": 1}
@@ -45,6 +45,7 @@ def specs_of(size: str, gpu: bool) -> list[tuple[str, Spec]]:
         *(("FastFlow", Spec(c, side, width=c // 2, **fast)) for c, side in FAST_FLOWS),
         *(("CFLOW-AD", Spec(c, steps=8, width=c, batch=256, **vectors)) for c in (256, 512)),
         ("two moons", Spec(2, steps=32, width=64, batch=512, **vectors)),
+        *((s, Spec(3, steps=5, width=50, batch=200, **vectors)) for s in OF_NFLOWS),
     ]
 
 
@@ -137,6 +138,26 @@ def two_moons(spec: Spec) -> nn.Module:
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(2), flows)
 
 
+class Posterior(nn.Module):
+    """sbi's estimator `nsf` of parameters, given the data x."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        posterior_nn = importlib.import_module("sbi.neural_nets").posterior_nn
+        self.register_buffer("theta", torch.randn(spec.batch, spec.channels))
+        options = {"hidden_features": spec.width, "num_transforms": spec.steps}
+        x = torch.randn(spec.batch, spec.channels)
+        self.estimator = posterior_nn("nsf", **options)(self.theta, x)
+
+    def forward_kld(self, x: Tensor) -> Tensor:
+        return self.estimator.loss(self.theta, x).mean()
+
+
+def glasflow_splines(spec: Spec) -> nn.Module:
+    flows = importlib.import_module("glasflow.flows")
+    return flows.CouplingNSF(spec.channels, spec.steps, n_neurons=spec.width, num_bins=8)
+
+
 GLOWS: dict[str, Callable[[Spec], nn.Module]] = {
     "normflows": normflows_glow,
     "nflows": nflows_glow,
@@ -147,7 +168,10 @@ BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
     "FastFlow": fast_flow,
     "CFLOW-AD": Conditioned,
     "two moons": two_moons,
+    "sbi": Posterior,
+    "glasflow": glasflow_splines,
 }
+OF_NFLOWS = ("sbi", "glasflow")  # built of nflows' transforms, or of those of its fork
 
 
 def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
@@ -214,24 +238,19 @@ def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     measured = Measured()
     original, x = build(library, spec, bench.device)
-    calls: dict[str, Call] = {}
-    for variant in VARIANTS:
-        try:
-            model = variant_of(original, variant)
-            check(model, original, x, spec, f"{library}, {variant}")
-        except Exception as error:
-            measured.fault(variant, error)
-            continue
-        calls[variant] = partial(train, model, x)
+
+    def make(variant: str) -> Callable[[], Call]:
+        model = variant_of(original, variant)
+        check(model, original, x, spec, f"{library}, {variant}")
         left = not any(map(is_accelerated, model.modules())) and variant != "original"
         described = f"{spec}, left as it is" if left else str(spec)
         measured.extra[variant] = {**spec._asdict(), "spec": described, "library": library}
-    if bench.check_only:
-        return measured
-    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-    measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
-    jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in calls]
-    measured.add_peaks(calls, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
+        return lambda: partial(train, model, x)
+
+    made = measured.compare(bench, VARIANTS, make, ROUNDS)
+    if not bench.check_only:
+        jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in made]
+        measured.add_peaks(made, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
     return measured
 
 

@@ -5,6 +5,7 @@ three are first checked against float64.
 """
 
 import shutil
+from collections.abc import Callable
 from functools import cache
 from statistics import median_high
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.measurements import REPLAY, interleaved, launches, peak_bytes
+from benchmarks.harness.measurements import REPLAY, Call, launches, peak_bytes
 from benchmarks.harness.operators import Function, Operation, Shape, directions, operations
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from benchmarks.harness.table import OPERATORS
@@ -64,25 +65,18 @@ def _compiled(reference: Function, device: torch.device) -> Function:
 def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measured:
     measured = Measured()
     exact = op.exact()
-    functions: dict[str, Function] = {}
-    for variant in VARIANTS:
-        try:
-            if variant == "compiled":
-                if not compiles:
-                    raise Missing("torch.compile runs at the first shape only, without --full")
-                function = _compiled(op.operator.expected, bench.device)
-            else:
-                function = op.function if variant == "mflow_kernels" else op.operator.expected
-            op.check(function, exact)
-            functions[variant] = function
-        except Exception as error:
-            measured.fault(variant, error)
+
+    def make(variant: str) -> Callable[[], Call]:
+        if variant == "compiled" and not compiles:
+            raise Missing("torch.compile runs at the first shape only, without --full")
+        function = op.function if variant == "mflow_kernels" else op.operator.expected
+        function = _compiled(function, bench.device) if variant == "compiled" else function
+        op.check(function, exact)
+        return lambda: op.prepare(function)
+
+    prepares = measured.compare(bench, VARIANTS, make, ROUNDS, flush=True)
     if bench.check_only:
         return measured
-    prepares = {v: (lambda f=f: op.prepare(f)) for v, f in functions.items()}
-    measured.seconds = interleaved(
-        prepares, bench.rounds(ROUNDS), bench.device, bench.clock, flush=True
-    )
     for variant, prepare in prepares.items():
         rate = op.fewest / median_high(measured.seconds[variant])
         measured.extra[variant] = {

@@ -17,9 +17,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.measurements import REPLAY, Call, interleaved
+from benchmarks.harness.measurements import REPLAY, Call
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels import SplineCoupling
 from mflow_kernels.interop import accelerate
@@ -236,24 +235,6 @@ def check(flow: Any, exact: Any, x: Tensor, name: str) -> None:
         assert_close(got.grad, grad.grad, terms=terms * len(x), name=f"{name}: d {key}")
 
 
-class CountCalls(TorchDispatchMode):
-    """Count the operators that run, views included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def calls_of(call: Call) -> int:
-    with CountCalls() as counted:
-        call()
-    return counted.count
-
-
 def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
     measured = Measured()
     with torch.random.fork_rng(devices=[]):
@@ -263,39 +244,34 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
         except ImportError as error:
             raise Missing(f"nflows is not installed ({error})") from None
         x = torch.randn(spec.batch, spec.dims).to(bench.device)
-    calls: dict[str, Call] = {}
-    extra: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
-    for variant, (build, peer) in VARIANTS.items():
+
+    def make(variant: str) -> Callable[[], Call]:
+        about: dict[str, Any] = {**spec._asdict(), "spec": str(spec), "task": task}
+        measured.extra[variant] = about
+        if variant == ALONE:
+            call = alone(task, nn.ModuleList(copy.deepcopy(nets)).to(bench.device), x)
+            return lambda: call
+        build, peer = VARIANTS[variant]
         if variant == COMPILED and (task != "train" or bench.size == "tiny"):
-            measured.fault(variant, Missing("it is compiled for training steps only, not if tiny"))
-            continue
+            raise Missing("it is compiled for training steps only, not if tiny")
         began = time.perf_counter()
         try:
             flow = build(copy.deepcopy(nets), spec).to(bench.device)
             exact = VARIANTS[peer][0](copy.deepcopy(nets), spec).to(bench.device).double()
-            if variant == COMPILED:
-                train(flow, x)
-                extra[variant]["compile_s"] = time.perf_counter() - began
-            check(flow, exact, x, variant)
         except ImportError as error:
-            measured.fault(variant, Missing(f"{variant} is not installed ({error})"))
-            continue
-        except Exception as error:
-            if variant != COMPILED or not isinstance(error, AssertionError):
-                measured.fault(variant, error)
-                continue
-            extra[variant]["disagrees"] = str(error)  # wrong gradients, in torch 2.13
-        calls[variant] = task_of(task, flow, x)
-    calls[ALONE] = alone(task, nn.ModuleList(copy.deepcopy(nets)).to(bench.device), x)
-    for variant, call in calls.items():
-        measured.extra[variant] = {
-            **spec._asdict(), "spec": str(spec), "task": task, **extra[variant],
-        }  # fmt: skip
-        if variant != COMPILED:  # it would run without its compiler
-            measured.extra[variant]["calls"] = calls_of(call)
-    if not bench.check_only:
-        prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-        measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
+            raise Missing(f"{peer} is not installed ({error})") from None
+        if variant == COMPILED:
+            train(flow, x)
+            about["compile_s"] = time.perf_counter() - began
+        try:
+            check(flow, exact, x, variant)
+        except AssertionError as error:
+            if variant != COMPILED:
+                raise
+            about["disagrees"] = str(error)  # wrong gradients, in torch 2.13
+        return lambda: task_of(task, flow, x)
+
+    measured.compare(bench, NAMES, make, ROUNDS)
     return measured
 
 

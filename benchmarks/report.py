@@ -28,7 +28,7 @@ from benchmarks.harness.report_tables import (
 )
 from benchmarks.harness.saved_runs import Row, Runs, merged, runs
 
-KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
+KINDS = ("ops", "layers", "models", "interop", "sequences", "ceilings", "training")
 
 FASTER = (
     f"Time of each peer divided by that of {PACKAGE} with stored activations. Above 1, {PACKAGE} "
@@ -53,6 +53,7 @@ def page(saved: Runs, pictures: Sequence[Path] = ()) -> str:
         ("Operators", by_kind["ops"], operators, BYTES, ("bandwidth",)),
         ("Accelerated models of other libraries", by_kind["interop"], accelerated,
          "A training step.", ()),
+        ("Sequences", by_kind["sequences"], accelerated, "A training step.", ()),
         ("Memory ceilings", by_kind["ceilings"], others, "", ()),
         ("Short training", by_kind["training"], others, "", ()),
     )  # fmt: skip

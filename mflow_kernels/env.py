@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from mflow_kernels.data.printable import counted
+
 
 def _version(package: str) -> str | None:
     try:
@@ -73,7 +75,7 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
             "triton: states on a GPU are computed by plain torch without it: pip install triton"
         )
     capability = torch.backends.cpu.get_cpu_capability()
-    lines.append(("devices", f"CPU, {torch.get_num_threads()} threads, {capability}"))
+    lines.append(("devices", f"CPU, {counted(torch.get_num_threads(), 'thread')}, {capability}"))
     if not torch.cuda.is_available():
         why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
         missing.append(f"a GPU: {why}; everything runs on the CPU, without Triton kernels")

@@ -51,6 +51,8 @@ SHAPES = [
 # it, rows of few channels, and more channels than a tile. An interpreter would take minutes.
 LONG_SHAPES = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2)]
 LONG_SHAPES = [] if KERNELS_ON_CPU else LONG_SHAPES
+# Large enough for gradients of weights in several parts, which the loops add.
+PARTED_SHAPES = [] if KERNELS_ON_CPU else [(2, 20, 48, 70)]
 IMAGES = [(2, 7, 5, 6), (1, 4, 9, 8)]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

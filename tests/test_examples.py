@@ -23,7 +23,7 @@ def numbers(pattern, out):
 
 
 def test_each_is_short_and_tested():
-    assert len(list(EXAMPLES.glob("*.py"))) == 5
+    assert len(list(EXAMPLES.glob("*.py"))) == 6
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
         assert len(text.splitlines()) < 60, path.name
@@ -67,3 +67,10 @@ def test_hierarchy(capsys, monkeypatch):
 def test_export_and_sample(capsys, monkeypatch):
     (error,) = numbers("off the model's by #", printed("export_and_sample", capsys, monkeypatch))
     assert error < 1e-5
+
+
+def test_glow_tts(capsys, monkeypatch):
+    out = printed("glow_tts", capsys, monkeypatch)
+    losses = numbers("loss # nats", out)
+    assert losses[-1] < losses[0] - 0.05
+    assert numbers("round trip within #", out)[0] < 1e-5

@@ -1,7 +1,7 @@
 """A Glow of one size in every package: build it, check it against the reference, and time it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import Call, interleaved, peak_of_step
+from benchmarks.harness.measurements import Call, peak_of_step
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
 from benchmarks.harness.plain_glow import Latents, reference_glow, with_torch_convolutions
 from benchmarks.harness.processes import in_fresh_processes
@@ -270,29 +270,23 @@ def measure(
     With `memory`, also measure the peak memory of a training step. `rounds` is the default number.
     """
     measured, on_gpu = Measured(), bench.device.type == "cuda"
-    calls: dict[str, Call] = {}
-    for variant in variants:
-        try:
-            model = Model(spec, variant, bench.device)
-            model.check(task)
-            calls[variant] = model.task(task)
-            calls[variant]()
-        except Exception as error:
-            calls.pop(variant, None)
-            measured.fault(variant, error)
-            continue
+
+    def make(variant: str) -> Callable[[], Call]:
+        model = Model(spec, variant, bench.device)
+        model.check(task)
+        call = model.task(task)
+        call()
         measured.extra[variant] = {
             **spec._asdict(), "spec": str(spec), "task": task, "parameters": model.parameters,
             "note": NOTES[variant],
         }  # fmt: skip
-    if bench.check_only:
-        return measured
-    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-    measured.seconds = interleaved(prepares, bench.rounds(rounds), bench.device, bench.clock)
-    if memory:
+        return lambda: call
+
+    made = measured.compare(bench, variants, make, rounds)
+    if memory and not bench.check_only:
         # The new process would compile a compiled model again, which takes minutes.
         full = bench.size == "full"
-        chosen = [variant for variant in calls if full or variant != "plain, compiled"]
+        chosen = [variant for variant in made if full or variant != "plain, compiled"]
         jobs = [(spec, variant, str(bench.device), bench.threads) for variant in chosen]
         # Peaks of allocators do not depend on load, so several processes can run at once.
         peaks = in_fresh_processes(step_peak, jobs, 6 if on_gpu else 2, SECONDS_PER_PEAK)

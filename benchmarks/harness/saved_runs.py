@@ -19,7 +19,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """The bench file it comes from: ops, layers, models, interop, ceilings or training."""
+        """The bench file it comes from, one of the KINDS of `benchmarks.report`."""
         return Path(self.name.split("::")[0]).stem.removeprefix("bench_")
 
     @property

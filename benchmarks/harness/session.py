@@ -17,7 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mflow_kernels
-from benchmarks.harness.measurements import REPLAY, copy_bandwidth
+from benchmarks.harness.measurements import REPLAY, Call, copy_bandwidth, interleaved
 from benchmarks.harness.output import commit
 from benchmarks.harness.processes import Died
 from benchmarks.harness.saved_runs import format_time
@@ -40,6 +40,35 @@ class Measured:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: dict[str, Exception] = field(default_factory=dict)
+
+    def compare(
+        self,
+        bench: "Bench",
+        variants: Iterable[str],
+        make: Callable[[str], Callable[[], Call]],
+        rounds: int,
+        *,
+        flush: bool = False,
+    ) -> dict[str, Callable[[], Call]]:
+        """Time the variants that agree with their reference, interleaved; return what `make` did.
+
+        Args:
+            make: builds and checks a variant. It raises an error if the variant disagrees or is
+                missing, and else returns the function that prepares each call, as `interleaved`
+                takes it.
+            rounds: the default number.
+        """
+        prepares = {}
+        for variant in variants:
+            try:
+                prepares[variant] = make(variant)
+            except Exception as error:
+                self.fault(variant, error)
+        if not bench.check_only:
+            self.seconds = interleaved(
+                prepares, bench.rounds(rounds), bench.device, bench.clock, flush=flush
+            )
+        return prepares
 
     def fault(self, variant: str, error: Exception) -> None:
         """Record why a variant was not measured.

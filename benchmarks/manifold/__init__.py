@@ -1,1 +1,1 @@
-"""Manifold flows where the truth is known: points, images of known factors, handwritten digits."""
+"""Manifold flows where the truth is known: points of known density, and small images."""

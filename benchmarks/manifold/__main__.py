@@ -1,10 +1,9 @@
 """Compare manifold flows with other methods, and measure how well they recover known manifolds.
 
-The parts are digits and patches (small real images), points (curves and surfaces of known density),
-penalties (shapes and weights of the penalty) and factors (images with a known number of factors).
-Each run is a JSON file in the output folder, and a run whose file exists is not repeated. Each part
-writes tables (Markdown) and pictures (PNG). All parts take about two hours of CPU time in one
-process, and with `--quick` about five minutes.
+The parts are digits and patches (small real images) and points (curves and surfaces of known
+density). Each run is a JSON file in the output folder, and a run whose file exists is not repeated.
+Each part writes tables (Markdown) and pictures (PNG). All parts take about two hours of CPU time in
+one process, and with `--quick` about five minutes.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.output import command_parser, save_text
-from benchmarks.manifold import factors, images, penalties, points
+from benchmarks.manifold import images, points
 from benchmarks.manifold.output import Store, fill_in
 
 Run = Callable[[Store, bool], None]
@@ -24,8 +23,6 @@ PARTS: dict[str, tuple[Run, Report]] = {
     "digits": (partial(images.run, "digits"), partial(images.report, "digits")),
     "patches": (partial(images.run, "patches"), partial(images.report, "patches")),
     "points": (points.run, points.report),
-    "penalties": (penalties.run, penalties.report),
-    "factors": (factors.run, factors.report),
 }
 
 

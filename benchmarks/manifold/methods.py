@@ -178,35 +178,21 @@ RECIPES = {
     # Probabilistic principal components (Tipping and Bishop 1999): a linear manifold.
     "principal components, Gaussian": Recipe(components, "0.6", "s", "PCA", needs="training_data"),
     "principal components, prior flow": Recipe(
-        components_with_prior, "0.4", "D", "PCA, prior", needs="training_data"
-    ),
+        components_with_prior, "0.4", "D", "PCA, prior", needs="training_data"),
     # An autoencoder by reconstruction, then a prior flow on its code.
     "autoencoder, prior flow": Recipe(autoencoder, "0.2", "^", "autoencoder, prior"),
     # Maximum likelihood with standard normal latents (Glow, arXiv 1807.03039). The choice of u only
     # affects projections and samples with v = 0.
     "plain likelihood": Recipe(
         lambda networks, *_: one_stage(networks.flow(), networks.dim, NORMAL),
-        "tab:blue",
-        "o",
-        "plain",
-        by_likelihood=True,
-    ),
+        "tab:blue", "o", "plain", by_likelihood=True),
     "plain likelihood, wider flow": Recipe(
         lambda networks, *_: one_stage(networks.wide_flow(), networks.dim, NORMAL),
-        "tab:blue",
-        "s",
-        "plain, wider",
-        by_likelihood=True,
-        needs="wide_flow",
-    ),
+        "tab:blue", "s", "plain, wider", by_likelihood=True, needs="wide_flow"),
     # The hierarchy without the penalty.
     "plain likelihood, prior flow": Recipe(
         lambda networks, *_: hierarchy(networks, NORMAL),
-        "tab:cyan",
-        "D",
-        "plain, prior",
-        by_likelihood=True,
-    ),
+        "tab:cyan", "D", "plain, prior", by_likelihood=True),
     # arXiv 2111.00619, with a prior flow on u that is trained with the first flow.
     "PIE": Recipe(pie, "tab:olive", "v"),
     # arXiv 2003.13913: the manifold by reconstruction, then the prior by likelihood.
@@ -215,17 +201,10 @@ RECIPES = {
     # bits per dimension.
     "denoising flow": Recipe(
         lambda networks, *rest: denoising(networks, *rest, networks.deviation),
-        "tab:green",
-        "<",
-        weighted=True,
-    ),
+        "tab:green", "<", weighted=True),
     "denoising flow, less noise": Recipe(
         lambda networks, *rest: denoising(networks, *rest, networks.less_noise),
-        "limegreen",
-        "<",
-        weighted=True,
-        needs="less_noise",
-    ),
+        "limegreen", "<", weighted=True, needs="less_noise"),
     # arXiv 2106.01413, with a prior flow on u and a likelihood that is warmed up.
     "rectangular flow": Recipe(rectangular, "tab:brown", ">", weighted=True),
     # arXiv 2306.01843, with a standard normal code as in the paper.
@@ -233,37 +212,22 @@ RECIPES = {
     # The penalized likelihood (arXiv 2206.03293), alone and followed by a prior flow on u.
     "penalized": Recipe(
         lambda networks, weight, _: one_stage(networks.flow(), networks.dim, _penalty(weight)),
-        "salmon",
-        "X",
-        weighted=True,
-    ),
+        "salmon", "X", weighted=True),
     "penalized, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight)),
-        "tab:red",
-        "*",
-        "pen., hierarchy",
-        weighted=True,
-    ),
+        "tab:red", "*", "pen., hierarchy", weighted=True),
     # w = 1 / variance of the errors.
     "calibrated weight, hierarchy": Recipe(
         lambda networks, *_: hierarchy(networks, _penalty("variance")),
-        "lightcoral",
-        "h",
-        "calibrated, hierarchy",
-    ),
+        "lightcoral", "h", "calibrated, hierarchy"),
     "falling weight, hierarchy": Recipe(
-        falling, "tomato", "d", "falling, hierarchy", weighted=True
-    ),
+        falling, "tomato", "d", "falling, hierarchy", weighted=True),
     # The mean squared error is at most 1 / weight. Training finds the weight of the penalty that
     # keeps this bound; it starts at the given one.
     "error bound, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(ErrorBound(1 / weight))),
-        "darkred",
-        "p",
-        "bound, hierarchy",
-        weighted=True,
-    ),
-}
+        "darkred", "p", "bound, hierarchy", weighted=True),
+}  # fmt: skip
 
 
 def names(networks: Networks) -> list[str]:

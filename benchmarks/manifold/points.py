@@ -51,21 +51,47 @@ class PointComparison(Comparison):
         )  # fmt: skip
 
     def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
-        return batches(TARGETS[self.target], generator)
+        """Yield new batches (BATCH, 3), float32, forever."""
+        while True:
+            clean = TARGETS[self.target].sample(BATCH, generator)
+            yield _noisy(clean, generator).float()
 
     def validate(self, method: Method) -> dict[str, float | None]:
         """Return the energy distance of samples to true points."""
         true = TARGETS[self.target].sample(VALIDATION_POINTS, torch.Generator().manual_seed(10**5))
         return {"score": energy_distance(_samples(method, VALIDATION_POINTS, 10**5 + 1), true)}
 
+    @torch.no_grad()
     def measure(self, method: Method) -> dict[str, Any]:
-        return measure(method, TARGETS[self.target])
-
-
-def batches(target: Target, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield new batches (BATCH, 3), float32, forever."""
-    while True:
-        yield _noisy(target.sample(BATCH, generator), generator).float()
+        """Measure a method on held-out points, the same for all methods and seeds."""
+        target, generator = TARGETS[self.target], torch.Generator().manual_seed(10**6)
+        clean = target.sample(TEST_POINTS, generator)
+        noisy = _noisy(clean, generator)
+        samples = _samples(method, SAMPLES, 10**6 + 3)
+        model = method.model
+        truth = target.log_density(clean)
+        if method.ambient:
+            # On a noisy manifold, p(x) is the density on the manifold times that of the noise at 0
+            # (inflation and deflation, Horvat and Pfister, arXiv 2105.12152).
+            height = (3 - target.dim) / 2 * math.log(2 * math.pi * NOISE**2)
+            density = model.log_prob(clean.float()).double() + height
+        else:
+            density = model.manifold_log_prob(clean.float()).value.double()
+        error = truth - density
+        projections = model.project(noisy.float()).double()
+        return {
+            "energy": energy_distance(samples[:TEST_POINTS], _truth(target.name)[:TEST_POINTS]),
+            "sample_distance": target.distance(samples).mean().item(),
+            "projection_distance": target.distance(projections).mean().item(),
+            "reconstruction": (model.project(clean.float()) - clean).norm(dim=1).mean().item(),
+            "density_error": error.abs().mean().item(),
+            "density_bias": error.mean().item(),
+            "divergence": divergence(target, samples),
+            "picture": {
+                "samples": samples[:800].tolist(),
+                "density": [truth[:500].tolist(), density[:500].tolist()],
+            },
+        }
 
 
 def autoencoder(dim: int, width: int) -> tuple[nn.Module, nn.Module]:
@@ -76,39 +102,6 @@ def autoencoder(dim: int, width: int) -> tuple[nn.Module, nn.Module]:
         return nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
 
     return network(3, dim), network(dim, 3)
-
-
-@torch.no_grad()
-def measure(method: Method, target: Target) -> dict[str, Any]:
-    """Measure a method on held-out points, the same for all methods and seeds."""
-    generator = torch.Generator().manual_seed(10**6)
-    clean = target.sample(TEST_POINTS, generator)
-    noisy = _noisy(clean, generator)
-    samples = _samples(method, SAMPLES, 10**6 + 3)
-    model = method.model
-    truth = target.log_density(clean)
-    if method.ambient:
-        # On a noisy manifold, p(x) is the density on the manifold times that of the noise at 0
-        # (inflation and deflation, Horvat and Pfister, arXiv 2105.12152).
-        height = (3 - target.dim) / 2 * math.log(2 * math.pi * NOISE**2)
-        density = model.log_prob(clean.float()).double() + height
-    else:
-        density = model.manifold_log_prob(clean.float()).value.double()
-    error = truth - density
-    projections = model.project(noisy.float()).double()
-    return {
-        "energy": energy_distance(samples[:TEST_POINTS], _truth(target.name)[:TEST_POINTS]),
-        "sample_distance": target.distance(samples).mean().item(),
-        "projection_distance": target.distance(projections).mean().item(),
-        "reconstruction": (model.project(clean.float()) - clean).norm(dim=1).mean().item(),
-        "density_error": error.abs().mean().item(),
-        "density_bias": error.mean().item(),
-        "divergence": divergence(target, samples),
-        "picture": {
-            "samples": samples[:800].tolist(),
-            "density": [truth[:500].tolist(), density[:500].tolist()],
-        },
-    }
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

@@ -49,7 +49,7 @@ class Configuration:
         """The compile-time choices other than sizes."""
         words = []
         for name, value in self.launch.kwargs.items():
-            if value is True:
+            if value is True and name.isupper():
                 words.append(name.lower())
             elif isinstance(value, ScaleFunction):
                 eps = f"+{value.eps:g}" if value.eps else ""

@@ -142,8 +142,13 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
         same.targets.update(targets)
 
-    for made in launches_of(size):
-        add(made, targets)
+    # sm_120 has tiles of its own for some operators, and networks have them for more architectures.
+    same = [t for t in targets if t != "sm_120"]
+    for chosen in (same, [t for t in targets if t == "sm_120"]):
+        if chosen:
+            aot.choose_tiles_of(chosen[0])
+            for made in [*launches_of(size)]:  # `add` may change the architecture
+                add(made, chosen)
     for target in targets:
         for made in network_launches(size, target):
             add(made, [target])

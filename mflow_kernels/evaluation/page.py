@@ -23,11 +23,12 @@ p, figcaption { max-width: 46rem; }
 figcaption, .note { color: #555; font-size: .9rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; border: 1px solid #eee; }
-table { border-collapse: collapse; margin: .6rem 0; }
+table { border-collapse: collapse; margin: .6rem 0; display: block; overflow-x: auto; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee;
   font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: pre-wrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: pre-line; }
+@media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: .85rem; } }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 

@@ -42,9 +42,8 @@ def draw_report(
     path = folder / "samples.png"
     seed = run.config.seed if run.config else 0
     draw_images(path, *samples_by_temperature(model, COLUMNS, seed, ambient))
-    pictures["samples"] = Picture(
-        path, "Each column decodes one draw, scaled by the temperature T of the row."
-    )
+    how = "for the class" if model.class_names else "scaled by the temperature T"
+    pictures["samples"] = Picture(path, f"Each column decodes one draw, {how} of the row.")
 
     path = folder / "projections.png"
     title = (

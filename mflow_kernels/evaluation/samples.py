@@ -1,6 +1,6 @@
 """Draw images from a trained model, project images, and fill in missing pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -52,18 +52,18 @@ def draw_samples(
     return to_image(x).cpu()
 
 
-def write_images(folder: Path, rows: Sequence[Tensor], argument: str) -> None:
-    """Write images into a new folder as PNG files 0000.png, 0001.png, and so on.
+def write_images(folder: Path, rows: Mapping[str, Tensor], argument: str) -> None:
+    """Write images into a new folder as PNG files NAME-0000.png, NAME-0001.png, and so on.
 
     Args:
         folder: appears when all files are complete.
-        rows: uint8 (N, C, H, W) with C of 1 or 3; with several, names begin with the row's number.
+        rows: uint8 (N, C, H, W) with C of 1 or 3, by NAME; without a name there is no hyphen.
         argument: name of the folder in error messages.
     """
 
     def fill(temporary: Path) -> None:
-        for row, images in enumerate(rows):
-            prefix = f"{row:02}-" if len(rows) > 1 else ""
+        for name, images in rows.items():
+            prefix = f"{name}-" if name else ""
             for number, pixels in enumerate(images.movedim(1, -1).numpy()):
                 grey = pixels.shape[2] == 1
                 image = Image.fromarray(pixels[..., 0] if grey else pixels)

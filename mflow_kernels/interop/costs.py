@@ -13,6 +13,7 @@ from mflow_kernels.interop.parts import Coupling, Elementwise, Part
 from mflow_kernels.ops.spline import Spline
 
 VECTOR_CHANNELS = 512  # fewest channels of vectors (N, C) whose couplings gain
+UNEQUAL_CHANNELS = 63  # fewest channels whose affine couplings of unequal parts gain
 LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
 
 # A reversible run holds the states of about four couplings and one network's activations at a time,
@@ -46,6 +47,14 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
         return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
     if not of_pixels and not splines and matrices:
         return "a matrix between couplings of vectors costs more on a CPU"
+    unequal = any(
+        isinstance(p, Coupling)
+        and not isinstance(p.scale, Spline)
+        and p.unchanged(channels) != channels // 2
+        for p in parts
+    )
+    if unequal and channels < UNEQUAL_CHANNELS:
+        return f"unequal parts of fewer than {UNEQUAL_CHANNELS} channels cost more on a CPU"
     if channels > LEARNED_CHANNELS and not all(p.fixed for p in matrices):
         return f"a learned matrix of more than {LEARNED_CHANNELS} channels costs more on a CPU"
     return ""
@@ -57,7 +66,8 @@ def rebuilding_gains(x: Tensor, couplings: int, weights: int, passes: bool) -> b
     Args:
         x: the state.
         weights: the number of trained weights of the run's networks.
-        passes: whether an inverse needs a pass of its network for each channel.
+        passes: whether an inverse needs passes of its network that a stored run does not need: one
+            for each channel, or one more for affine couplings of unequal parts.
     """
     if passes:
         return False

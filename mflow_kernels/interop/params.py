@@ -177,13 +177,13 @@ class Masked(nn.Module):
         self.unchanged, self.transformed = unchanged, transformed
 
     def forward(self, x: Tensor) -> Tensor:
-        masked = x.new_zeros(len(x), len(self.unchanged) + len(self.transformed))
+        masked = x.new_zeros(x.shape[0], len(self.unchanged) + len(self.transformed))
         masked[:, constant(self.unchanged, x.device)] = x
         index = constant(self.transformed, x.device)
         outs = []
         for net in (self.scale_net, self.shift_net):
             if net is None:
-                outs.append(x.new_zeros(len(x), len(self.transformed)))
+                outs.append(x.new_zeros(x.shape[0], len(self.transformed)))
             else:
                 out = net(masked)[:, index]
                 outs.append(torch.where(out.isfinite(), out, torch.nan))

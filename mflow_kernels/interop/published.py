@@ -45,7 +45,7 @@ class EdgeConv2d(nn.Conv2d):
             inside = x.new_ones(1, 1, *x.shape[2:])
             mark = 1 - F.pad(inside, [1, 1, 1, 1])
             x = F.pad(x, [1, 1, 1, 1])
-            x = torch.cat([x, mark.expand(len(x), -1, -1, -1)], dim=1)
+            x = torch.cat([x, mark.expand(x.shape[0], -1, -1, -1)], dim=1)
         else:
             x = F.pad(x, [1, 1, 1, 1], value=1.0)
         return super().forward(x)
@@ -169,7 +169,10 @@ class _Source:
 
     def __getitem__(self, name: str) -> Tensor:
         self.need(name, "is this a checkpoint of a Glow?")
-        return torch.as_tensor(self.arrays[name]).double()
+        array = torch.as_tensor(self.arrays[name]).double()
+        if not array.isfinite().all():
+            raise ValueError(f"weights: {name!r} is not finite: its training diverged")
+        return array
 
 
 class _OpenAI(_Source):

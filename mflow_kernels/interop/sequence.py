@@ -97,7 +97,7 @@ def _linear(
 
 def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
     """The log-determinants (N,) that `FusedSequence` returned for the state x."""
-    return log_det if log_det.dim() else log_det.expand(len(x))
+    return log_det if log_det.dim() else log_det.expand(x.shape[0])
 
 
 class FusedSequence:
@@ -162,7 +162,10 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        costs = self._couplings, self._weights, self._passes
+        unequal = any(
+            isinstance(i, Layer) and isinstance(i.module, AffineMap) for i in program.instructions
+        )
+        costs = self._couplings, self._weights, self._passes or unequal
         if self.reversible and (self.always or rebuilding_gains(x, *costs)):
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)

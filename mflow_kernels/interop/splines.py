@@ -68,7 +68,7 @@ class SharedSplines(nn.Module):
         m: Any = self.module
         parts = m.unnormalized_widths, m.unnormalized_heights, m.unnormalized_derivatives
         raw = torch.cat(parts, dim=-1).movedim(-1, 1).flatten(0, 1)
-        return raw.expand(len(x), *raw.shape)
+        return raw.expand(x.shape[0], *raw.shape)
 
 
 def _spline(layer: Any, bins: int, net: Any, hidden: tuple[str, ...]) -> Spline | str:

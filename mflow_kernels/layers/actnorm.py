@@ -1,6 +1,7 @@
 """Actnorm: an affine map of each channel, initialized from the first batch."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.ops.checks import check_count, check_state_for
+from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.reversible.instructions import Instruction, Layer
+from mflow_kernels.reversible.masks import frames, mask_at, with_mask
 from mflow_kernels.reversible.steps import Steps
 
 
@@ -41,22 +44,33 @@ class ActNorm(Bijection):
     def instructions(self) -> list[Instruction]:
         return [_ActNormLayer(self)]
 
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         check_state_for("x", x, self.bias)
         warn_if_not_initialized(self)
-        return ops.actnorm(x, self.bias, self.log_scale)
+        return self._run(ops.actnorm, x, context)
 
-    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         check_state_for("z", z, self.bias)
-        return ops.actnorm_inverse(z, self.bias, self.log_scale)
+        return self._run(ops.actnorm_inverse, z, context)
 
-    def initialize(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        self.set_from(x)
-        return self(x)
+    def _run(
+        self, operator: Callable[..., Any], x: Tensor, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        if not self.masked:
+            return operator(x, self.bias, self.log_scale)
+        x, (mask, *_) = with_mask(x, context)
+        y, logdet = operator(x, self.bias, self.log_scale)
+        return y * mask_at(mask, y), logdet * (frames(mask, y) / pixels(y))
+
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        self.set_from(x, *context)
+        return self(x, *context)
 
     @torch.no_grad()
-    def set_from(self, x: Tensor) -> None:
+    def set_from(self, x: Tensor, *context: Tensor) -> None:
         """Set bias and scale from the batch x (N, C, *spatial), unless they have been set.
+
+        If the layer is masked, the first context is the mask, and valid frames alone count.
 
         Raises:
             TypeError, ValueError: x does not fit, has fewer than two values a channel, or is not
@@ -66,6 +80,9 @@ class ActNorm(Bijection):
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()
+        if self.masked:
+            x, (mask, *_) = with_mask(x, context)
+            samples = samples[:, mask_at(mask, x).flatten().bool()]
         # All ranks see the same sums, so they raise together and none waits for another.
         count = over_ranks(samples.new_tensor(samples.shape[1]))
         total = over_ranks(samples.sum(1))
@@ -96,12 +113,14 @@ class _ActNormLayer(Layer):
     def fused(self, following: Instruction) -> Steps | None:
         if not isinstance(following, Steps) or following.inverted:
             return None
+        assert isinstance(self.module, ActNorm)
+        if following.masked is not self.module.masked:
+            return None
         first, *after = following.steps
         if not isinstance(first.linear, ActNormConv) or first.linear.actnorm is not None:
             return None
-        assert isinstance(self.module, ActNorm)
         folded = ActNormConv(self.module, first.linear.conv)
-        return Steps([first._replace(linear=folded), *after])
+        return Steps([first._replace(linear=folded), *after], masked=following.masked)
 
 
 def warn_if_not_initialized(module: nn.Module) -> None:

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mflow_kernels import ops
+from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Layer
+from mflow_kernels.reversible.masks import with_mask
+from mflow_kernels.reversible.program import Program
 
 
 class Bijection(nn.Module):
@@ -20,9 +24,13 @@ class Bijection(nn.Module):
 
     Attributes:
         channels: C of the states that it takes; None for a layer that takes any number.
+        masked: whether the first argument after the state is a mask (N, 1, *spatial) of 0 and 1.
+            The layer then keeps zeros at padding, and its logdet counts valid frames only. A
+            `ReversibleChain` sets it on its layers.
     """
 
     channels: int | None = None
+    masked = False
 
     def instructions(self) -> Sequence[Instruction]:
         """The instructions that a `ReversibleChain` runs for this layer, data -> latent.
@@ -71,3 +79,19 @@ class Bijection(nn.Module):
                 for handle in handles.values():
                     handle.remove()
         return self(x, *context)
+
+
+def run_instructions(
+    layer: Bijection, x: Tensor, context: Sequence[Any], *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run the instructions of a layer that splits off no latents, or their inverses.
+
+    Returns:
+        The state, and the log-determinant (N,).
+    """
+    if layer.masked:
+        x, context = with_mask(x, context)
+    program = Program(layer.instructions())
+    program = program.inverted() if inverse else program
+    x, _, ledger, log_det = apply_stored(program, x, (), context)
+    return x, ops.accumulate_logdet(ledger, log_det)

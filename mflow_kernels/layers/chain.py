@@ -20,11 +20,12 @@ from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import check_latent
 from mflow_kernels.layers.flow import Flow
-from mflow_kernels.layers.networks import check_takes
+from mflow_kernels.layers.networks import CouplingNetwork, check_takes
 from mflow_kernels.ops.checks import check_channels, check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import Result, apply_reversibly, apply_stored
 from mflow_kernels.reversible.instructions import Call, Instruction, Layer
+from mflow_kernels.reversible.masks import with_mask, zero_padding
 from mflow_kernels.reversible.program import Program
 
 
@@ -55,6 +56,12 @@ class ReversibleChain(Flow):
             stored states (see docs/memory.md). The networks' activations are never stored.
         input_shape: shape of x without N, which determines `latent_shapes`. `sample` and a
             `ManifoldFlow` around the chain need it.
+        masked: whether calls take a mask after the state, as for sequences of several lengths:
+            `z, logdet = chain(x, mask, *context)`, and the same for `inverse` and `initialize`. The
+            mask (N, 1, *spatial), bool or floating point, is 1 at valid frames and 0 at padding.
+            States are zero at padding, whatever x is there; log-determinants and the statistics of
+            actnorms count valid frames only. Layers and networks get the mask, in the dtype of the
+            state, as first context (docs/howto/sequences.md).
 
     Raises:
         TypeError, ValueError: naming the argument, if the input of a layer does not fit the output
@@ -77,6 +84,7 @@ class ReversibleChain(Flow):
         reversible: bool = True,
         checkpoint_every: int | None = 8,
         input_shape: Sequence[int] | None = None,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         if not layers:
@@ -90,6 +98,7 @@ class ReversibleChain(Flow):
         if checkpoint_every is not None:
             check_count("checkpoint_every", checkpoint_every, 1)
         self.layers = nn.ModuleList(layers)
+        self._set_masked(masked)
         self.channels = _input_channels(self.layers)
         self.reversible = reversible
         self.checkpoint_every = checkpoint_every
@@ -102,6 +111,22 @@ class ReversibleChain(Flow):
             program = self._program()
             _check_input_shape(self.input_shape, self.channels, program)
             self.latent_shapes = program.latent_shapes(self.input_shape)
+
+    def _set_masked(self, masked: bool) -> None:
+        self.masked = masked
+        for i, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if not isinstance(module, (Bijection, CouplingNetwork)):
+                    continue
+                if masked:
+                    module.masked = True
+                elif module.masked:
+                    raise ValueError(f"layers[{i}]: it is masked, so the chain needs masked=True")
+            if masked and any(one.moves_pixels for one in instructions_of(layer, "")):
+                raise ValueError(
+                    f"layers[{i}]: expected a layer that keeps the order of frames, got "
+                    f"{type(layer).__name__}: a mask does not follow"
+                )
 
     def instructions(self) -> list[Instruction]:
         return [
@@ -116,6 +141,8 @@ class ReversibleChain(Flow):
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         program = self._program()
         x = self._checked_data(x, program)
+        if self.masked:
+            x, context = with_mask(x, context)
         warn_if_not_initialized(self)
         x, latents, ledger, log_det = self._run(program, x, (), context)
         z = (*latents, x) if latents else x
@@ -124,11 +151,16 @@ class ReversibleChain(Flow):
     def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
         program = self._program()
         x, latents = self._checked_latents(z, program)
+        if self.masked:
+            x, context = with_mask(x, context)
+            latents = tuple(zero_padding(latent, context[0]) for latent in latents)
         x, _, ledger, log_det = self._run(program.inverted(), x, latents, context)
         return x, ops.accumulate_logdet(ledger, log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         self._checked_data(x, self._program())
+        if self.masked:
+            x, context = with_mask(x, context)
         with torch.no_grad():
             state: Any = x
             for layer in self.layers:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.bijection import Bijection, run_instructions
 from mflow_kernels.layers.folding import ActNormConv, plu
-from mflow_kernels.ops.checks import check_count, check_state_for
+from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_state
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.steps import Step, Steps
@@ -24,26 +24,53 @@ class InvertibleConv1x1(Bijection):
 
     Args:
         channels: C of the states (N, C, *spatial).
+        n_split: n, if groups of n channels share one n x n matrix, as in Glow-TTS (arXiv
+            2005.11129). A group has n / 2 neighbouring channels of the first half of the channels,
+            and those at the same place of the second half. n is even, and C a multiple of it. By
+            default W is one C x C matrix.
     """
 
     permutation: Tensor
     sign: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, n_split: int | None = None) -> None:
         super().__init__()
         check_count("channels", channels, 1)
-        self.channels = channels
-        self.lower = nn.Parameter(torch.empty(channels, channels))
-        self.upper = nn.Parameter(torch.empty(channels, channels))
-        self.log_diagonal = nn.Parameter(torch.empty(channels))
-        self.register_buffer("permutation", torch.empty(channels, channels))
-        self.register_buffer("sign", torch.empty(channels))
-        square = torch.randn(channels, channels, dtype=torch.float64)
-        self.factor_(torch.linalg.qr(square)[0])
+        if n_split is not None:
+            check_count("n_split", n_split, 2, channels)
+            if n_split % 2 or channels % n_split:
+                raise ValueError(
+                    f"n_split: expected an even divisor of {channels} channels, got {n_split}"
+                )
+        self.channels: int = channels
+        self.n_split = n_split
+        n = n_split or channels
+        self.lower = nn.Parameter(torch.empty(n, n))
+        self.upper = nn.Parameter(torch.empty(n, n))
+        self.log_diagonal = nn.Parameter(torch.empty(n))
+        self.register_buffer("permutation", torch.empty(n, n))
+        self.register_buffer("sign", torch.empty(n))
+        self.factor_(torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0])
 
     def weight(self) -> Tensor:
         """W (C, C), differentiable in its factors."""
-        return plu(self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
+        return plu(*self.factors())
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """P, L and U (C, C), the signs of s and log |s| (C,), of the whole W."""
+        own = self.permutation, self.lower, self.upper, self.sign, self.log_diagonal
+        if self.n_split is None:
+            return own
+        # Channels of one group keep their order, so the factors of W are those of its groups.
+        c, n, groups = self.channels, self.n_split, self.channels // self.n_split
+        same = torch.eye(groups, dtype=self.sign.dtype, device=self.sign.device)
+        ones = same.new_ones(1, groups, 1)
+        p, lower, upper = (
+            (m.view(2, 1, n // 2, 2, 1, n // 2) * same.view(1, groups, 1, 1, groups, 1)).view(c, c)
+            for m in own[:3]
+        )
+        sign, log_diagonal = ((v.view(2, 1, n // 2) * ones).view(c) for v in own[3:])
+        return p, lower, upper, sign, log_diagonal
 
     @torch.no_grad()
     def condition_number(self) -> Tensor:
@@ -85,7 +112,8 @@ class InvertibleConv1x1(Bijection):
 
     @torch.no_grad()
     def factor_(self, weight: Tensor) -> None:
-        """Factor W (C, C) by pivoted LU, and set permutation and signs too.
+        """Factor W (C, C), or with n_split the n x n matrix of a group, by pivoted LU, and set
+        permutation and signs too.
 
         Raises:
             ValueError: W has another shape.
@@ -103,18 +131,27 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def instructions(self) -> list[Steps]:
-        return [Steps([Step(ActNormConv(None, self), None)])]
+        return [Steps([Step(ActNormConv(None, self), None)], masked=self.masked)]
 
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        check_state_for("x", x, self.log_diagonal)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
+        if self.masked:
+            return run_instructions(self, x, context)
         return ops.conv1x1(x, self.weight()), self._logdet(x)
 
-    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        check_state_for("z", z, self.log_diagonal)
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("z", z)
+        if self.masked:
+            return run_instructions(self, z, context, inverse=True)
         return ops.conv1x1_inverse(z, self.weight()), -self._logdet(z)
 
+    def _check(self, name: str, x: Tensor) -> None:
+        check_channels(name, check_state(name, x), self.channels)
+        check_device(name, x, self.log_diagonal)
+
     def _logdet(self, x: Tensor) -> Tensor:
-        log_det = self.log_diagonal.to(accumulator(x.dtype)).sum()
+        groups = self.channels // len(self.log_diagonal)
+        log_det = groups * self.log_diagonal.to(accumulator(x.dtype)).sum()
         return (pixels(x) * log_det).expand(x.shape[0])
 
 

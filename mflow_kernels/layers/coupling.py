@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.bijection import Bijection, run_instructions
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import (
     check_channels,
@@ -14,12 +14,11 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops.coupling import check_params
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.instructions import Instruction, SplitOff
-from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
+from mflow_kernels.reversible.steps import AdditiveCouple, AffineCouple, Step, Steps
 
 
 class AffineCoupling(Bijection):
@@ -35,7 +34,8 @@ class AffineCoupling(Bijection):
             in training mode the layer is then no bijection, and `inverse(forward(x))` is not x.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
-            |log s| < 1; `ScaleFunction` says why.
+            |log s| < 1; `ScaleFunction` says why. None makes an additive coupling, s = 1 (NICE,
+            arXiv 1410.8516; VITS calls it mean-only): net returns the shift alone.
         spatial_dims: 0 to 3, the number of spatial axes of the default net.
         context_channels: K. If positive, the default net takes a context (N, K) or (N, K, *sides);
             see `CouplingNetwork`.
@@ -53,7 +53,7 @@ class AffineCoupling(Bijection):
         net: nn.Module | None = None,
         *,
         width: int = 64,
-        scale: ScaleFunction | Kind = "tanh",
+        scale: ScaleFunction | Kind | None = "tanh",
         spatial_dims: int = 2,
         context_channels: int = 0,
     ) -> None:
@@ -62,26 +62,33 @@ class AffineCoupling(Bijection):
         self.channels: int = channels
         c_a = channels // 2
         if net is None:
-            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims, context_channels)
+            params = (1 if scale is None else 2) * (channels - c_a)
+            net = coupling_net(c_a, params, width, spatial_dims, context_channels)
         elif not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
         self.net = net
-        self.scale = ScaleFunction.of(scale)
+        self.scale = None if scale is None else ScaleFunction.of(scale)
 
     def instructions(self) -> list[Instruction]:
-        return [Steps([Step(None, self.couple())])]
+        return [Steps([Step(None, self.couple())], masked=self.masked)]
 
     def couple(self) -> AffineCouple:
         """The coupling that the layer's instructions run."""
+        if self.scale is None:
+            return AdditiveCouple(self.net)
         return AffineCouple(self.net, self.scale)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.checked("x", x)
-        return ops.affine_coupling(x, self._params(x, context), self.scale)
+        if self.masked:
+            return run_instructions(self, x, context)
+        return ops.affine_coupling(x, *self._params_and_scale(x, context))
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = self.checked("z", z)
-        return ops.affine_coupling_inverse(z, self._params(z, context), self.scale)
+        if self.masked:
+            return run_instructions(self, z, context, inverse=True)
+        return ops.affine_coupling_inverse(z, *self._params_and_scale(z, context))
 
     def checked(self, name: str, value: object) -> Tensor:
         """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
@@ -89,8 +96,11 @@ class AffineCoupling(Bijection):
         check_takes(self.net, name, x, self.channels)
         return x
 
-    def _params(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        return check_params(x, self.net(x[:, : x.shape[1] // 2], *context), "net's output")
+    def _params_and_scale(
+        self, x: Tensor, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ScaleFunction]:
+        couple = self.couple()
+        return couple.checked(x, self.net(x[:, : x.shape[1] // 2], *context)), couple.scale
 
 
 class Split(Bijection):
@@ -114,7 +124,7 @@ class Split(Bijection):
         kept: int | None = None,
         prior: bool = True,
         width: int = 64,
-        scale: ScaleFunction | Kind = "tanh",
+        scale: ScaleFunction | Kind | None = "tanh",
         spatial_dims: int = 2,
         context_channels: int = 0,
     ) -> None:

@@ -17,6 +17,7 @@ from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
+from mflow_kernels.reversible.masks import mask_at
 
 
 class Flow(Bijection, Model):
@@ -27,7 +28,8 @@ class Flow(Bijection, Model):
     Built-in networks with K context channels get classes, integers (N,) from 0 to K - 1, as one-hot
     vectors. If the model has `class_names`, a class may be a name, and a list may have one for each
     sample. `flow(x, context)`, `inverse` and `initialize` take it by position, as every `Bijection`
-    does; the other methods take it as a keyword.
+    does; the other methods take it as a keyword. That of a masked `ReversibleChain` is its mask, or
+    a tuple (mask, context); padding then has no part in densities.
 
     Attributes:
         input_shape: shape of x without N; None if the flow takes any.
@@ -48,8 +50,10 @@ class Flow(Bijection, Model):
             sum of log N(z; 0, 1) over all latents, plus log |det dz/dx|: float64 for float64 x,
             otherwise float32.
         """
-        z, logdet = self(x, *given(context, x, self))
-        return _with_log_normal(logdet, z if isinstance(z, tuple) else (z,))
+        arguments = given(context, x, self)
+        z, logdet = self(x, *arguments)
+        mask = arguments[0] if self.masked else None
+        return _with_log_normal(logdet, z if isinstance(z, tuple) else (z,), mask)
 
     @torch.no_grad()
     def sample(
@@ -89,8 +93,9 @@ class Flow(Bijection, Model):
         context, the latents being constant.
         """
         z = self._draw(n, temperature, generator)
-        x, logdet = self.inverse(z, *given(context, z[0], self))
-        return x, _with_log_normal(-logdet, z)
+        arguments = given(context, z[0], self)
+        x, logdet = self.inverse(z, *arguments)
+        return x, _with_log_normal(-logdet, z, arguments[0] if self.masked else None)
 
     def distribution(
         self, context: Context | None = None, *, generator: torch.Generator | None = None
@@ -160,7 +165,8 @@ def for_each(context: Any, x: Tensor, model: nn.Module) -> Any:
 
 
 def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
-    """Return `for_each(context, x, flow)` as further arguments of a flow: none or one.
+    """Return `for_each(context, x, flow)` as further arguments of a flow: none or one, after the
+    mask of a masked flow.
 
     Classes become one-hot vectors, in x's dtype, if the flow's first network has context channels.
 
@@ -168,6 +174,9 @@ def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
         TypeError: there is no context, but the flow's first network requires one.
         ValueError: a class is out of range, or their number is not that of the samples.
     """
+    if getattr(flow, "masked", False):
+        mask, *rest = context if isinstance(context, tuple) else (context,)
+        return tuple(for_each(one, x, flow) for one in (mask, *rest))
     if context is not None:
         own = for_each(context, x, flow)
         if isinstance(own, Tensor) and own.dim() == 1 and not own.is_floating_point():
@@ -232,11 +241,12 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
 
 
-def _with_log_normal(log_prob: Tensor, z: tuple[Tensor, ...]) -> Tensor:
-    """Return log_prob plus the sum of log N(z; 0, 1) over all latents, (N,)."""
+def _with_log_normal(log_prob: Tensor, z: tuple[Tensor, ...], mask: Tensor | None = None) -> Tensor:
+    """Return log_prob plus the sum of log N(z; 0, 1) over all latents, (N,), without padding."""
     for latent in z:
-        squares = latent.to(log_prob.dtype).square()
-        log_prob = log_prob - (squares / 2 + HALF_LOG_2PI).flatten(1).sum(1)
+        terms = latent.to(log_prob.dtype).square() / 2 + HALF_LOG_2PI
+        terms = terms if mask is None else terms * mask_at(mask, terms)
+        log_prob = log_prob - terms.flatten(1).sum(1)
     return log_prob
 
 

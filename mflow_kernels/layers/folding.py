@@ -49,28 +49,21 @@ def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) ->
 
     W' = W diag(exp(log_scale)), bias' = W' bias.
     """
-    convs = [m.conv for m in maps]
-    factors: tuple[list[Tensor], ...] = (
-        [conv.permutation for conv in convs],
-        [conv.sign for conv in convs],
-        [conv.lower for conv in convs],
-        [conv.upper for conv in convs],
-        [conv.log_diagonal for conv in convs],
-        [_zeros(m) if m.actnorm is None else m.actnorm.log_scale for m in maps],
-        [_zeros(m) if m.actnorm is None else m.actnorm.bias for m in maps],
-    )
-    if hasattr(factors[2][0], "full_tensor"):  # a DTensor
+    if hasattr(maps[0].conv.lower, "full_tensor"):  # a DTensor
         raise TypeError(
             "conv: expected whole weights, got sharded ones; a chain does not call its layers, so "
             "shard the networks or the whole chain"
         )
+    permutation, lower, upper, sign, log_diagonal = zip(
+        *(m.conv.factors() for m in maps), strict=True
+    )
+    zeros = torch.zeros_like(log_diagonal[0])
+    log_scale = [zeros if m.actnorm is None else m.actnorm.log_scale for m in maps]
+    bias = [zeros if m.actnorm is None else m.actnorm.bias for m in maps]
+    factors = permutation, sign, lower, upper, log_diagonal, log_scale, bias
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
     return FoldedWeights(*_Fold.apply(len(maps), dtype, lean, *chain.from_iterable(factors)))
-
-
-def _zeros(linear: ActNormConv) -> Tensor:
-    return torch.zeros_like(linear.conv.log_diagonal)
 
 
 def fold_ref(

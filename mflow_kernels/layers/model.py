@@ -12,8 +12,8 @@ from torch import Tensor, nn
 _M = TypeVar("_M", bound="Model")
 
 # One context for each sample (a tensor, or names of classes), or one for all: a class as a number
-# or a name, a tensor without axes, or one of length 1.
-Context: TypeAlias = Tensor | int | str | Sequence[str]
+# or a name, a tensor without axes, or one of length 1. A tuple is a mask and a context (`Flow`).
+Context: TypeAlias = Tensor | int | str | Sequence[str] | tuple[Any, ...]
 
 
 class Model:
@@ -107,8 +107,10 @@ class Model:
         dimensions = math.prod(self._image_shape())
         return _models("bits").bits_per_dimension(log_prob, dimensions, self._n_bits())
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model into a new folder, from which `from_pretrained` loads it.
+
+        With `overwrite`, the folder may exist if it holds a model and no other file.
 
         The folder has `model.safetensors` with every tensor, and `model.json` with the
         architecture. Other modules of the architecture than those of this package are not stored.
@@ -116,10 +118,10 @@ class Model:
         Raises:
             TypeError: the model has a part that the file cannot describe, such as a network of your
                 own. The message names it.
-            ValueError: the folder exists or cannot be created, a number of the model is not
-                finite, or `n_bits`, `crop` or `class_names` do not fit it.
+            ValueError: the folder exists and is not replaced, or cannot be created; a number of
+                the model is not finite; or `n_bits`, `crop` or `class_names` do not fit it.
         """
-        _models("pretrained").save(self, folder)
+        _models("pretrained").save(self, folder, overwrite)
 
     @classmethod
     def from_pretrained(cls: type[_M], folder: str | Path) -> _M:

@@ -65,17 +65,30 @@ class CouplingNetwork(nn.Sequential):
             repeated at every pixel. The sides of a map must be multiples of those of x; it is
             averaged to x's size.
 
+    Attributes:
+        masked: whether calls take a mask (N, 1, *spatial) of 0 and 1 before the context. Each layer
+            then reads zeros at padding. A masked `ReversibleChain` sets it.
+
     Raises:
         TypeError, ValueError: in a call, a context that is missing, not expected, or does not fit.
     """
+
+    masked = False
 
     def __init__(self, *layers: nn.Module, context_channels: int = 0) -> None:
         super().__init__(*layers)
         self.context_channels = context_channels
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, *after_mask: Tensor) -> Tensor:
+        mask = None
+        if self.masked:
+            mask, context = context, after_mask[0] if after_mask else None
         if context is not None or self.context_channels:
             x = with_context(x, context, self.context_channels)
+        if mask is not None:
+            for layer in self:
+                x = layer(x if isinstance(layer, nn.ReLU) else x * mask)
+            return x
         params = fused_params(list(self), x)
         return super().forward(x) if params is None else params
 
@@ -88,9 +101,9 @@ def with_context(x: Tensor, context: object, channels: int) -> Tensor:
     if not channels:
         raise TypeError("context: expected none, because the networks have no context_channels")
     if context is None:
-        raise TypeError(f"context: expected a tensor (N, {channels}) or a map, got none")
+        raise TypeError(f"context: expected classes, vectors (N, {channels}) or maps, got none")
     given = check_tensor("context", context, (*STATE_DTYPES, *_INTEGERS)).to(x.dtype)
-    n, sides = len(x), x.shape[2:]
+    n, sides = x.shape[0], x.shape[2:]
     is_map = given.dim() == x.dim() > 2
     divides = is_map and all(
         own % side == 0 for own, side in zip(given.shape[2:], sides, strict=True)
@@ -227,7 +240,8 @@ class PointwiseConv2d(nn.Conv2d):
 
     def _reshaping_pays(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            not transformed()
+            and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
             and len(x) < IMAGES
@@ -237,7 +251,6 @@ class PointwiseConv2d(nn.Conv2d):
             and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and not transformed()
         )
 
 

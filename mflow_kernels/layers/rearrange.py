@@ -61,14 +61,17 @@ class PixelPairs(_Rearrangement):
 
     Args:
         by: "checkerboard", the squares of (N, C, H, W) with even and with odd row + column
-            (RealNVP, arXiv 1605.08803, section 3.4); or "halves", the first and the second half of
-            the last axis, as of tokens (N, C, T).
+            (RealNVP, arXiv 1605.08803, section 3.4); "halves", the first and the second half of
+            the last axis, as of tokens (N, C, T); or "neighbours", the pixels with even and with
+            odd index along the last axis, as Glow-TTS squeezes frames (arXiv 2005.11129).
         inverted: undo it: (N, 2C, *spatial) -> (N, C, *spatial).
     """
 
-    def __init__(self, by: Literal["checkerboard", "halves"], inverted: bool = False) -> None:
+    def __init__(
+        self, by: Literal["checkerboard", "halves", "neighbours"], inverted: bool = False
+    ) -> None:
         super().__init__()
-        check_choice("by", by, ("checkerboard", "halves"))
+        check_choice("by", by, ("checkerboard", "halves", "neighbours"))
         self.by, self.inverted = by, inverted
 
     def _rearrange(self) -> PairPixels:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.bijection import Bijection, run_instructions
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.layouts import flow_state
@@ -66,7 +66,7 @@ class SplineCoupling(Bijection):
         self.net = net
 
     def instructions(self) -> list[Instruction]:
-        return [Steps([Step(None, self.couple())])]
+        return [Steps([Step(None, self.couple())], masked=self.masked)]
 
     def couple(self) -> SplineCouple:
         """The coupling that the layer's instructions run."""
@@ -88,5 +88,7 @@ class SplineCoupling(Bijection):
         self, name: str, x: object, context: tuple[Tensor, ...], inverse: bool
     ) -> tuple[Tensor, Tensor]:
         state = self.checked(name, x)
+        if self.masked:
+            return run_instructions(self, state, context, inverse=inverse)
         params = self.net(state[:, : self.channels // 2], *context)
         return couple_by_splines(state, params, self.spline, inverse, "net's output")

@@ -4,17 +4,14 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from mflow_kernels import ops
 from mflow_kernels.layers.actnorm import ActNorm, warn_if_not_initialized
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.bijection import Bijection, run_instructions
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.scale import Kind, ScaleFunction
-from mflow_kernels.reversible.apply import apply_stored
-from mflow_kernels.reversible.program import Program
 from mflow_kernels.reversible.steps import Step, Steps
 
 CouplingKind = Literal["affine", "spline"]
@@ -41,7 +38,7 @@ class FlowStep(Bijection):
         coupling: CouplingKind = "affine",
         bins: int = 8,
         width: int = 64,
-        scale: ScaleFunction | Kind = "tanh",
+        scale: ScaleFunction | Kind | None = "tanh",
         spatial_dims: int = 2,
         context_channels: int = 0,
     ) -> None:
@@ -68,22 +65,17 @@ class FlowStep(Bijection):
         return ActNormConv(self.actnorm, self.conv)
 
     def instructions(self) -> list[Steps]:
-        return [Steps([Step(self.linear, self.coupling.couple())])]
+        return [Steps([Step(self.linear, self.coupling.couple())], masked=self.masked)]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)
         warn_if_not_initialized(self)
-        z, _, ledger, log_det = apply_stored(Program(self.instructions()), x, (), context)
-        return z, ops.accumulate_logdet(ledger, log_det)
+        return run_instructions(self, x, context)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.coupling.checked("z", z)
-        x, _, ledger, log_det = apply_stored(
-            Program(self.instructions()).inverted(), z, (), context
-        )
-        return x, ops.accumulate_logdet(ledger, log_det)
+        return run_instructions(self, self.coupling.checked("z", z), context, inverse=True)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         self.coupling.checked("x", x)
-        self.actnorm.set_from(x)
+        self.actnorm.set_from(x, *context)
         return self(x, *context)

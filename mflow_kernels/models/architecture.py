@@ -91,7 +91,9 @@ _FLOW: dict[str, Any] = {
     "context_channels": _context_channels,
     **{name: f"chain.{name}" for name in ("reversible", "checkpoint_every")},
 }
-_CHAIN = {name: name for name in ("layers", "reversible", "checkpoint_every", "input_shape")}
+_CHAIN = {
+    name: name for name in ("layers", "reversible", "checkpoint_every", "input_shape", "masked")
+}
 
 
 def _spline_coupling(
@@ -132,7 +134,7 @@ KINDS = {
         ),
         _kind(HierarchicalFlow, stages="stages"),
         _kind(ActNorm, channels=lambda layer: len(layer.bias)),
-        _kind(InvertibleConv1x1, channels=lambda layer: len(layer.log_diagonal)),
+        _kind(InvertibleConv1x1, channels="channels", n_split="n_split"),
         _kind(AffineCoupling, channels="channels", net="net", scale="scale"),
         _kind(
             SplineCoupling,

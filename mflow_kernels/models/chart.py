@@ -194,7 +194,6 @@ class Chart(nn.Module, Model):
                 f"known: expected a shape that broadcasts to {tuple(x.shape)}, got "
                 f"{tuple(known.shape)}"
             ) from None
-        x = torch.where(known, x, 0.0)
         with torch.no_grad():
             mode = self.decode(x.new_zeros(len(x), self.manifold_dim), context=context)
             start = self.encode(torch.where(known, x, mode), context=context)

@@ -63,6 +63,8 @@ class ManifoldFlow(Chart):
             raise TypeError(
                 f"flow: expected a bijection with input_shape and latent_shapes, got {actual}"
             )
+        if getattr(flow, "masked", False):
+            raise ValueError("flow: expected a flow without a mask, got one with masked=True")
         if not isinstance(objective, (ManifoldObjective, type(None))):
             actual = type(objective).__name__
             raise TypeError(f"objective: expected a ManifoldObjective, got {actual}")

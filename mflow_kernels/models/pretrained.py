@@ -38,8 +38,8 @@ class _Stored(NamedTuple):
     images: tuple[int | None, int | None, tuple[str, ...]]  # n_bits, crop and class_names
 
 
-def save(model: Any, folder: str | Path) -> None:
-    """Write a model into a new folder; see `Model.save_pretrained`.
+def save(model: Any, folder: str | Path, overwrite: bool = False) -> None:
+    """Write a model into a folder; see `Model.save_pretrained`.
 
     The folder appears only once its files are complete.
     """
@@ -47,15 +47,23 @@ def save(model: Any, folder: str | Path) -> None:
     content = contents(model)
     # Use the first 100 characters only: a file name, with these additions, may have 255 bytes.
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    if os.path.lexists(path):
-        raise ValueError(f"folder: expected a new folder, but {path} exists")
+    old = temporary.with_suffix(".old")
+    replaces = os.path.isdir(path) and {*os.listdir(path)} == {ARCHITECTURE, WEIGHTS}
+    if os.path.lexists(path) and not (overwrite and replaces):
+        hint = "; overwrite=True replaces the model in it" if replaces else ""
+        raise ValueError(f"folder: expected a new folder, but {path} exists{hint}")
     try:
         temporary.mkdir()
         try:
             write(model, content, temporary)
+            if replaces:
+                path.rename(old)
             temporary.rename(path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if os.path.lexists(old) and not os.path.lexists(path):
+                old.rename(path)
+            for unused in (temporary, old):
+                shutil.rmtree(unused, ignore_errors=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"folder: cannot write {_short(path)} ({reason})") from None

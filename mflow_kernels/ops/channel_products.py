@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 
 from mflow_kernels.ops.addresses import at, store, strided
 from mflow_kernels.ops.compiler import cdiv, next_power_of_2, tl, triton
-from mflow_kernels.ops.coupling import couple, load_params
+from mflow_kernels.ops.coupling_kernels import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
 from mflow_kernels.ops.partial_sums import count_partial_sums, empty_partial_sums, summing_programs

@@ -43,12 +43,10 @@ from mflow_kernels.ops.conv1x1 import (
 from mflow_kernels.ops.coupling import (
     affine_coupling_ref,
     check_params,
-    couple_backward,
     coupling_backward,
     coupling_forward,
-    load_params,
-    store_params,
 )
+from mflow_kernels.ops.coupling_kernels import couple_backward, load_params, store_params
 from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import (
     cut_net_input,

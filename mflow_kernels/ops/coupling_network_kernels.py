@@ -74,6 +74,30 @@ def load_w3_rows(
 
 
 @triton.jit
+def load_w2(w2, o, d, WIDTH: tl.constexpr):
+    """Rows o and columns d of W2 (width, width)."""
+    inside = (o < WIDTH)[:, None] & (d < WIDTH)[None, :]
+    return tl.load(w2 + o[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_w1(
+    w1,
+    d,
+    r,
+    column,
+    C_IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One column of the taps of W1 (width, taps, C_in), as [D, R] with r = row * C_in + i."""
+    tap = (r // C_IN) * (TAPS // ROWS) + column
+    at = w1 + d[:, None] * (TAPS * C_IN) + (tap * C_IN + r % C_IN)[None, :]
+    return tl.load(at, mask=(d < WIDTH)[:, None] & (r < ROWS * C_IN)[None, :], other=0.0)
+
+
+@triton.jit
 def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
     """For each pixel p of a tile x [P, J], the row of the pixel STEP to its right; 0 outside the
     image."""
@@ -303,6 +327,7 @@ def _dh1_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Compute d h1 of a block of hidden channels, for every `splits`-th tile of pixels.
 
@@ -311,6 +336,10 @@ def _dh1_kernel(
     rows of the image; with ROWS equal to TAPS, they are all taps. If d W1 is given, it also stores
     partial sums of d W1 (width, taps, C_in) and d b1. If d W2 is given, one block of BLOCK_K holds
     all hidden channels of d h2, and it stores partial sums of d W2.
+
+    With HELD, a program keeps the weights that it needs for all of its tiles in shared memory. Then
+    BLOCK_K divides WIDTH, and BLOCK_X has room for one more column: d b1 is the column of d W1 for
+    an input of ones. A sum of its own would take as many registers as a quarter of d W1.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -319,37 +348,61 @@ def _dh1_kernel(
     k = tl.arange(0, BLOCK_K)
     if dw1 is not None:
         dw1_t = tl.zeros([BLOCK_D, BLOCK_X], tl.float32)
-        db1_t = tl.zeros([BLOCK_D], tl.float32)
+        if not HELD:
+            db1_t = tl.zeros([BLOCK_D], tl.float32)
     if dw2 is not None:
         dw2_t = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    if HELD:
+        w2_held = ()
+        for turn in tl.static_range(WIDTH // BLOCK_K):
+            w2_t = load_w2(w2, turn * BLOCK_K + k, d, WIDTH)
+            w2_held = w2_held + (w2_t,)  # type: ignore[assignment]  # noqa: RUF005
+        w1_held = ()
+        for column in tl.static_range(TAPS // ROWS):
+            w1_t = load_w1(w1, d, r, column, C_IN, WIDTH, TAPS, ROWS)
+            w1_held = w1_held + (w1_t,)  # type: ignore[assignment]  # noqa: RUF005
     for tile in range(split, TILES, splits):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         hidden = p.to(tl.int64)[:, None] * WIDTH
         inside = (p < PIXELS)[:, None] & (d < WIDTH)[None, :]
-        h1_t = tl.load(h1 + hidden + d[None, :], mask=inside, other=0.0)
+        if not HELD or dw2 is not None:
+            h1_t = tl.load(h1 + hidden + d[None, :], mask=inside, other=0.0)
         dh1_t = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-        for start in range(0, WIDTH, BLOCK_K):
-            o = start + k
-            there = (p < PIXELS)[:, None] & (o < WIDTH)[None, :]
-            dh2_t = tl.load(dh2 + hidden + o[None, :], mask=there, other=0.0)
-            at_w2 = w2 + o[:, None] * WIDTH + d[None, :]
-            w2_t = tl.load(at_w2, mask=(o < WIDTH)[:, None] & (d < WIDTH)[None, :], other=0.0)
-            dh1_t = tl.dot(dh2_t, w2_t, dh1_t)
-            if dw2 is not None:
-                dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t)
+        if HELD:
+            for turn in tl.static_range(WIDTH // BLOCK_K):
+                at_dh2 = dh2 + hidden + (turn * BLOCK_K + k)[None, :]
+                dh2_t = tl.load(at_dh2, mask=(p < PIXELS)[:, None], other=0.0)
+                dh1_t = tl.dot(dh2_t, w2_held[turn], dh1_t)
+                if dw2 is not None:
+                    dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t)
+        else:
+            for start in range(0, WIDTH, BLOCK_K):
+                o = start + k
+                there = (p < PIXELS)[:, None] & (o < WIDTH)[None, :]
+                dh2_t = tl.load(dh2 + hidden + o[None, :], mask=there, other=0.0)
+                dh1_t = tl.dot(dh2_t, load_w2(w2, o, d, WIDTH), dh1_t)
+                if dw2 is not None:
+                    dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t)
+        if HELD and dw2 is None:
+            # Loaded here, it takes no registers while the products above run.
+            h1_t = tl.load(h1 + hidden + d[None, :], mask=inside, other=0.0)
         dh1_t = tl.where(h1_t.to(tl.float32) <= 0.0, 0.0, dh1_t)
         dh1_r = dh1_t.to(h1_t.dtype)
-        if dw1 is not None:
+        if dw1 is not None and not HELD:
             db1_t += tl.sum(dh1_t, axis=0)
+        if dw1 is not None:
             x_t = load_taps(x, p, p < PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
+            if HELD:
+                x_t = tl.where(i[None, :] == TAPS * C_IN, 1.0, x_t).to(x_t.dtype)
             dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
         # The taps of each row of W1 are added here, as in the forward pass, if the pixels that they
         # belong to are in the tile.
         dx_t = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
         for column in tl.static_range(TAPS // ROWS):
-            tap = (r // C_IN) * (TAPS // ROWS) + column
-            at_w1 = w1 + d[:, None] * (TAPS * C_IN) + (tap * C_IN + r % C_IN)[None, :]
-            w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (r < ROWS * C_IN)[None, :], other=0.0)
+            if HELD:
+                w1_t = w1_held[column]
+            else:
+                w1_t = load_w1(w1, d, r, column, C_IN, WIDTH, TAPS, ROWS)
             taps_t = tl.dot(dh1_r, w1_t)
             dx_t += from_neighbour(taps_t, p, W, TAPS // ROWS // 2 - column, BLOCK_P)
         part = p.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -359,7 +412,11 @@ def _dh1_kernel(
     if dw1 is not None:
         at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]
         tl.store(at_dw1, dw1_t, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :])
-        tl.store(db1 + row + d, db1_t, mask=d < WIDTH)
+        if HELD:
+            at_db1 = db1 + row + d[:, None] + 0 * i[None, :]
+            tl.store(at_db1, dw1_t, mask=(d < WIDTH)[:, None] & (i == TAPS * C_IN)[None, :])
+        else:
+            tl.store(db1 + row + d, db1_t, mask=d < WIDTH)
     if dw2 is not None:
         at_dw2 = dw2 + row + k[:, None] * WIDTH + d[None, :]
         tl.store(at_dw2, dw2_t, mask=(k < WIDTH)[:, None] & (d < WIDTH)[None, :])

@@ -131,6 +131,7 @@ def _dh1_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
             WIDTH=s.width,
             TAPS=s.taps,
             ROWS=stored,
+            HELD=tile.held,
             BLOCK_P=tile.block_p,
             BLOCK_D=tile.block_d,
             BLOCK_K=tile.block_k,
@@ -222,7 +223,7 @@ def launch_network_backward(
     of2 = of1
     if weights:
         partials = x.new_empty(size, dtype=torch.float32)
-        split = torch.split_with_sizes  # half the host's time of `Tensor.split`
+        split: Any = torch.split_with_sizes  # half the host's time of `Tensor.split`
         partial1, partial2 = split(partials, [splits1 * numbers1, splits2 * numbers2])
         of1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
         of2 = split(partial2.view(splits2, numbers2), sums[3:], 1)

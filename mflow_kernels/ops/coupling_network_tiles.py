@@ -95,7 +95,8 @@ class Tile(NamedTuple):
     columns of taps; its warps; and stages of its pipeline.
 
     `block_r` has columns of taps too. In the forward launch these are the columns that `block_j`
-    leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0.
+    leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0. If `held`,
+    it keeps its weights in shared memory for all tiles of a program.
     """
 
     block_p: int
@@ -105,6 +106,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 1
     block_r: int = 0
+    held: bool = False
 
 
 # Up to this width a program has room for its columns of d W2; for wider networks a matrix product
@@ -127,13 +129,19 @@ class Tiles(NamedTuple):
 # padded or masked otherwise and need other registers, have the tiles of the functions below.
 HOPPER_TILES = {
     (12, True): Tiles(
-        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(64, 64, 128, 0, 8, 1, 32)
+        Tile(128, 128, 32, 32, 8, 3, 16),
+        Tile(128, 64, 0, 128, 8),
+        Tile(128, 64, 128, 0, 8, 1, 32, held=True),
     ),
     (12, False): Tiles(
-        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(128, 128, 64, 0, 8)
+        Tile(128, 128, 32, 32, 8, 3, 16),
+        Tile(128, 64, 0, 128, 8),
+        Tile(128, 128, 64, 0, 8, held=True),
     ),
     (24, True): Tiles(
-        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(128, 64, 128, 0, 8)
+        Tile(128, 128, 16, 64, 8, 3, 16),
+        Tile(64, 64, 0, 256, 8),
+        Tile(128, 64, 128, 0, 8, 1, 64, held=True),
     ),
     (24, False): Tiles(
         Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
@@ -141,7 +149,9 @@ HOPPER_TILES = {
     # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
     # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
     (48, True): Tiles(
-        Tile(64, 128, 32, 128, 8, 2, 16), Tile(64, 32, 0, 512, 8), Tile(32, 32, 128, 0, 8, 1, 128)
+        Tile(64, 128, 32, 128, 8, 2, 16),
+        Tile(64, 32, 0, 512, 8),
+        Tile(32, 32, 128, 0, 8, 1, 128, held=True),
     ),
     (48, False): Tiles(
         Tile(64, 64, 32, 128, 8, 3, 16), Tile(64, 32, 0, 512, 8), Tile(64, 64, 64, 0, 8, 1, 128)
@@ -214,7 +224,8 @@ def dh2_tile(s: Shape, arch: int) -> Tile:
 
 def dh1_tile(s: Shape, arch: int) -> Tile:
     if found := hopper_tiles(s, arch):
-        return found.dh1
+        # The columns of W2 that a program holds take 128 KB at width 512.
+        return found.dh1._replace(held=found.dh1.held and s.width <= 512)
     block_k, block_x = block(s.width, DW2_WIDTH), block(s.taps * s.c_in)
     if s.itemsize == 4:
         block_d = 32 if block_x <= 128 else 16

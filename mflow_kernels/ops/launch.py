@@ -22,13 +22,32 @@ KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 RUN_TIME = ("N", "TILES", "SPLITS")
 
 
+_references_run = False
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Compute by the references, in torch's own operators."""
+    global _references_run
+    before, _references_run = _references_run, True
+    try:
+        yield
+    finally:
+        _references_run = before
+
+
 def transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func is on.
+    """Whether the references run: in forward-mode differentiation, transforms of torch.func and
+    `references`.
 
     No kernel carries tangents or batches of gradients. The references run instead, and autograd
     differentiates them to any order.
     """
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return (
+        _references_run
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def uses_triton(x: Tensor) -> bool:

@@ -33,7 +33,7 @@ from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import KernelState, strided, strided_halves
 from mflow_kernels.ops.channel_products import arithmetic
 from mflow_kernels.ops.compiler import cdiv, next_power_of_2, triton
-from mflow_kernels.ops.launch import launch, uses_triton
+from mflow_kernels.ops.launch import architecture, launch, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
 from mflow_kernels.ops.partial_sums import count_partial_sums, multiprocessors
 from mflow_kernels.ops.precision import accumulator, without_autocast
@@ -134,8 +134,8 @@ class RebuildTile(NamedTuple):
 MOST_SLICED = 96 if TorchVersion(triton.__version__) >= "3.9" else 64
 
 
-def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
-    """Tiles with which no launch of the presets' models spills on sm_80, sm_90 and sm_100.
+def rebuild_tile(c: int, dtype: torch.dtype, device: torch.device) -> RebuildTile:
+    """Tiles with which no launch of the presets' models spills on sm_80, sm_90, sm_100 and sm_120.
 
     `benchmarks.reports.static` compiles these launches.
     """
@@ -144,7 +144,8 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         block_o = 16 if c <= 16 else 32
         kernel, blocks = _rebuild_conv1x1_wide_kernel, {"BLOCK_O": block_o, "BLOCK_C": 16}
         return RebuildTile(kernel, blocks, block_o, 16, 4, 2, registers=128)
-    if c > MOST_SLICED:
+    # On sm_120, programs for more than 64 channels spill up to 600 bytes.
+    if c > (64 if architecture(device) // 10 == 12 else MOST_SLICED):
         blocks = {"BLOCK_O": 128, "BLOCK_C": 64}
         return RebuildTile(_rebuild_conv1x1_wide_kernel, blocks, 128, 16, 8, 2)
     c_b = c - c // 2
@@ -166,7 +167,7 @@ def rebuild_splits(half: Tensor, c: int) -> int:
     """Number of partial sums for a state of c channels; `half` is one of its halves."""
     if not uses_triton(half):
         return 1
-    tile = rebuild_tile(c, accumulator(half.dtype))
+    tile = rebuild_tile(c, accumulator(half.dtype), half.device)
     blocks = cdiv(c, tile.block_o) ** 2
     n, p = half.shape[0], pixels(half)
     programs = tile.programs * multiprocessors(half.device) // blocks
@@ -191,7 +192,7 @@ def launch_rebuild_conv1x1(
     dnet = None if dnet is None else dense_pixels(dnet)
     weight, weight_inverse = weight.contiguous(), weight_inverse.contiguous()
     n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), outer_sum.shape[0]
-    tile = rebuild_tile(c, accumulator(y_b.dtype))
+    tile = rebuild_tile(c, accumulator(y_b.dtype), y_b.device)
     tiles = tile_columns(n, p, tile.block_p)
     narrow = tile.kernel is _rebuild_conv1x1_kernel
     if separate_halves and narrow:

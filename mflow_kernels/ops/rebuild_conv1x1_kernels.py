@@ -4,9 +4,18 @@ All three compute x = W^-1 (y - bias), dx = W^T dy and outer_sum = sum of dy (y 
 halves (y_a, y_b) and (dy_a + dnet, dy_b). Tiles are named as in the formula, with the suffix `_t`.
 """
 
-from mflow_kernels.ops.addresses import at, at_halves, store
+from mflow_kernels.ops.addresses import at, at_halves
 from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import RUN_TIME
+from mflow_kernels.ops.rebuild_conv1x1_tiles import (
+    in_slice,
+    load_block,
+    load_gradient_halves,
+    load_shifted_halves,
+    load_slice,
+    load_transposed,
+    store_products,
+)
 from mflow_kernels.ops.tiles import columns
 
 
@@ -149,11 +158,11 @@ def _rebuild_conv1x1_sliced_kernel(
         if READS_ONCE:
             x_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
-                y_slice = _load_slice(y_a, y_b, n, c, p, valid, C, SLICES, STEP, i)
-                exists = _in_slice(c, C, SLICES, STEP, i)
+                y_slice = load_slice(y_a, y_b, n, c, p, valid, C, SLICES, STEP, i)
+                exists = in_slice(c, C, SLICES, STEP, i)
                 y_slice -= tl.load(bias + i * STEP + c, mask=exists, other=0.0)[:, None]
                 y_t = y_t + (y_slice,)  # type: ignore[assignment]  # noqa: RUF005
-                w_t = _load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
+                w_t = load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
                 x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
             tl.store(at(x, n, o, p), x_t, inside)
             if net[0] is not None:
@@ -162,14 +171,14 @@ def _rebuild_conv1x1_sliced_kernel(
             dy_t = ()
             dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
-                dy_slice = _load_slice(dy_a, dy_b, n, c, p, valid, C, SLICES, STEP, i)
+                dy_slice = load_slice(dy_a, dy_b, n, c, p, valid, C, SLICES, STEP, i)
                 if dnet[0] is not None and i * STEP < C // 2:
                     is_a = (c[:, None] < C // 2 - i * STEP) & valid[None, :]
                     at_dnet = at(dnet, n, i * STEP + c, p)
                     dy_slice += tl.load(at_dnet, mask=is_a, other=0.0).to(tl.float32)
                 dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
-                exists = _in_slice(c, C, SLICES, STEP, i)
-                w_t = _load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
+                exists = in_slice(c, C, SLICES, STEP, i)
+                w_t = load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
                 dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
             tl.store(at(dx, n, o, p), dx_t, inside)
             dy_rows = tl.join(dy_t[0], dy_t[1])  # type: ignore[misc]
@@ -181,7 +190,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 dy_rows = tl.permute(dy_rows, (3, 2, 0, 1))
             dy_rows = dy_rows.reshape(ROWS, BLOCK_P)
         else:
-            _store_products(
+            store_products(
                 y_a,
                 y_b,
                 dy_a,
@@ -202,7 +211,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 tl.float32,
                 SLICE,
             )
-            dy_rows = _load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, tl.float32)
+            dy_rows = load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, tl.float32)
         dbias_t += tl.sum(dy_rows, axis=1)  # before the products, which leave few registers
         # dy is zero in columns that do not exist, so y - bias adds nothing to the sums there.
         sums = ()
@@ -210,7 +219,7 @@ def _rebuild_conv1x1_sliced_kernel(
             if READS_ONCE:
                 y_slice = y_t[i]
             else:
-                y_slice = _load_shifted_halves(
+                y_slice = load_shifted_halves(
                     y_a, y_b, bias, n, i * STEP + c, p, valid, C, tl.float32
                 )
             product = tl.dot(dy_rows, tl.trans(y_slice), outer_t[i], input_precision="tf32x3")
@@ -225,44 +234,9 @@ def _rebuild_conv1x1_sliced_kernel(
         row_exists = o < C
     at_sum = outer_sum + program.to(tl.int64) * (C * C) + row[:, None] * C + c[None, :]
     for i in tl.static_range(SLICES):
-        exists = _in_slice(c, C, SLICES, STEP, i)
+        exists = in_slice(c, C, SLICES, STEP, i)
         tl.store(at_sum + i * STEP, outer_t[i], mask=row_exists[:, None] & exists[None, :])
     tl.store(dbias + program * C + row, dbias_t, mask=row_exists)
-
-
-@triton.jit
-def _in_slice(c, C: tl.constexpr, SLICES: tl.constexpr, STEP: tl.constexpr, INDEX: tl.constexpr):
-    """Whether slice INDEX has a channel at each place c."""
-    WIDTH: tl.constexpr = STEP if INDEX < SLICES - 1 else C - INDEX * STEP
-    return c < WIDTH
-
-
-@triton.jit
-def _load_slice(
-    a,
-    b,
-    n,
-    c,
-    p,
-    valid,
-    C: tl.constexpr,
-    SLICES: tl.constexpr,
-    STEP: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Slice INDEX of the state with halves `a` (channels below C // 2) and `b`.
-
-    The first slice lies in `a`. A slice in one half needs no choice of pointers.
-    """
-    C_A: tl.constexpr = C // 2
-    inside = _in_slice(c, C, SLICES, STEP, INDEX)[:, None] & valid[None, :]
-    if INDEX == 0:
-        return tl.load(at(a, n, c, p), mask=inside, other=0.0).to(tl.float32)
-    elif INDEX * STEP >= C_A:
-        at_b = at(b, n, INDEX * STEP - C_A + c, p)
-        return tl.load(at_b, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return _load_halves(a, b, n, INDEX * STEP + c, p, valid, C, tl.float32)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -302,7 +276,7 @@ def _rebuild_conv1x1_wide_kernel(
     if program < state_programs:
         o = program % BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
         n, p, valid = columns(program // BLOCKS, N, P, COLUMNS)
-        _store_products(
+        store_products(
             y_a,
             y_b,
             dy_a,
@@ -338,11 +312,11 @@ def _rebuild_conv1x1_wide_kernel(
         dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
-            dy_t = _load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, DTYPE)
+            dy_t = load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, DTYPE)
             sums = ()
             for part in tl.static_range(PARTS):
                 c_part = c + part * BLOCK_C
-                y_t = _load_shifted_halves(y_a, y_b, bias, n, c_part, p, valid, C, DTYPE)
+                y_t = load_shifted_halves(y_a, y_b, bias, n, c_part, p, valid, C, DTYPE)
                 product = tl.dot(
                     dy_t, tl.trans(y_t), outer_t[part], input_precision=PRECISION, out_dtype=DTYPE
                 )
@@ -355,90 +329,3 @@ def _rebuild_conv1x1_wide_kernel(
             tl.store(at_sum + part * BLOCK_C, outer_t[part], mask=square)
         # Programs of one block of rows sum the same dy, so they store the same d bias.
         tl.store(dbias + split * C + o, dbias_t, mask=o < C)
-
-
-@triton.jit
-def _store_products(
-    y_a,
-    y_b,
-    dy_a,
-    dy_b,
-    dnet,
-    weight,
-    weight_inverse,
-    bias,
-    x,
-    dx,
-    net,
-    n,
-    o,
-    p,
-    valid,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Compute and store channels o of dx and x, in blocks of BLOCK_C input channels."""
-    inside = (o[:, None] < C) & valid[None, :]
-    dx_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        w_t = _load_transposed(weight, o, c, o < C, c < C, C)
-        dy_t = _load_gradient_halves(dy_a, dy_b, dnet, n, c, p, valid, C, DTYPE)
-        dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-    tl.store(at(dx, n, o, p), dx_t, inside)
-    # A second loop, because both products in one loop need more registers than sm_80 has.
-    x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        # y before the weights: after them, 8 bytes spill at C = 96 on sm_80.
-        y_t = _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C, DTYPE)
-        w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
-        x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-    tl.store(at(x, n, o, p), x_t, inside)
-    if net[0] is not None:
-        is_a = (o[:, None] < C // 2) & valid[None, :]
-        store(at(net, n, o, p), x_t, mask=is_a)
-
-
-@triton.jit
-def _load_block(weight, o, c, o_exists, c_exists, C: tl.constexpr):
-    """Rows o and columns c of a (C, C) matrix."""
-    at_w = weight + o[:, None] * C + c[None, :]
-    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
-
-
-@triton.jit
-def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
-    """Rows o and columns c of the transpose of a (C, C) matrix."""
-    at_w = weight + c[None, :] * C + o[:, None]
-    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
-
-
-@triton.jit
-def _load_gradient_halves(dy_a, dy_b, dnet, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    dy_t = _load_halves(dy_a, dy_b, n, c, p, valid, C, DTYPE)
-    if dnet[0] is not None:
-        is_a = (c[:, None] < C // 2) & valid[None, :]
-        dy_t += tl.load(at(dnet, n, c, p), mask=is_a, other=0.0).to(DTYPE)
-    return dy_t
-
-
-@triton.jit
-def _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    y_t = _load_halves(y_a, y_b, n, c, p, valid, C, DTYPE)
-    shift = tl.load(bias + c, mask=c < C, other=0.0)
-    return y_t - shift[:, None]  # dy is zero in columns that do not exist, so they add nothing
-
-
-@triton.jit
-def _load_halves(a, b, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of the state with halves `a` (channels below C // 2) and `b`."""
-    C_A: tl.constexpr = C // 2
-    at_a, at_b = at(a, n, c, p), at(b, n, c - C_A, p)
-    UNIT: tl.constexpr = a[4] if a[4] < b[4] else b[4]
-    SIZE: tl.constexpr = UNIT * a[0].dtype.element_ty.primitive_bitwidth // 8
-    # `where` loses part of the divisor that the compiler knows of both, so state it again.
-    chosen = tl.multiple_of(tl.where((c < C_A)[:, None], at_a, at_b), [SIZE, SIZE])
-    return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)

@@ -22,14 +22,8 @@ from torch import Tensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.coupling import (
-    couple,
-    couple_backward,
-    couple_backward_ref,
-    couple_ref,
-    load_params,
-    store_params,
-)
+from mflow_kernels.ops.coupling import couple_backward_ref, couple_ref
+from mflow_kernels.ops.coupling_kernels import couple, couple_backward, load_params, store_params
 from mflow_kernels.ops.elementwise import launch_elementwise
 from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import channels_first, dense_pixels

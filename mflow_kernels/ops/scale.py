@@ -11,6 +11,7 @@ log s and its derivative never overflow, and no logarithm is taken of a number t
 For example, log sigmoid(-120) is -120.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -63,6 +64,22 @@ class ScaleFunction:
     def args(self) -> tuple[str, float, float, float, str]:
         """The fields in order, for the signature of an operator."""
         return self.kind, self.offset, self.eps, self.clamp, self.order
+
+    @property
+    def identity(self) -> float:
+        """The raw output at which s = 1, up to rounding.
+
+        Raises:
+            ValueError: s is above 1 for every raw output.
+        """
+        if self.kind not in ("sigmoid", "softplus"):
+            return 0.0
+        if self.eps >= 1:
+            raise ValueError(f"scale.eps: expected less than 1 for a mask, got {self.eps}")
+        if self.kind == "softplus":
+            return math.log(math.expm1(1 - self.eps))
+        # Without eps, any number whose sigmoid rounds to 1.
+        return (math.log((1 - self.eps) / self.eps) if self.eps else 1e3) - self.offset
 
     @property
     def shifts_first(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
-from mflow_kernels.ops.layouts import in_layout_of, pixels
+from mflow_kernels.ops.layouts import in_layout_of
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.backward import BackwardPass, Stored
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
@@ -86,29 +86,30 @@ def _run(
     instructions: Sequence[Instruction],
     folded: Sequence[FoldedWeights | None],
     forward: ForwardPass,
-) -> list[int]:
+) -> list[int | Tensor]:
     """Run instructions; return the number of pixels to which each applies its linear maps."""
-    found = []
+    found: list[int | Tensor] = []
     for instruction, weights in zip(instructions, folded, strict=True):
-        found.append(pixels(forward.x))
+        found.append(instruction.pixels(forward))
         instruction.run(forward, weights)
     return found
 
 
-def _shared(folded: Sequence[FoldedWeights | None], found: Sequence[int]) -> list[Tensor]:
-    """The log-determinants of linear maps, for all of their pixels."""
+def _shared(folded: Sequence[FoldedWeights | None], found: Sequence[int | Tensor]) -> list[Tensor]:
+    """The log-determinants of linear maps, for all of their pixels: (), or (N,) with a mask."""
     return [n * f.log_det for f, n in zip(folded, found, strict=True) if f is not None]
 
 
 def _result(
     x: Tensor, latents: tuple[Tensor, ...], ledgers: Sequence[Tensor], shared: Sequence[Tensor]
 ) -> Result:
+    ledgers = [*ledgers, *(part[:, None] for part in shared if part.dim())]
     if not ledgers:
         ledgers = [x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype))]
     ledger = ledgers[0] if len(ledgers) == 1 else torch.cat([*ledgers], dim=1)
     log_det = ledger.new_zeros(())
     for part in shared:
-        log_det = log_det + part
+        log_det = log_det if part.dim() else log_det + part
     return Result(x, latents, ledger, log_det)
 
 

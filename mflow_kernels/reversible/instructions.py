@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import eager_function
 
@@ -71,11 +72,12 @@ class Instruction:
         resizes: whether it changes the number of pixels. A level begins at such an instruction.
         halvings: how many times it halves the height and width of images.
         computes: whether it has a network, a layer or a linear map.
+        moves_pixels: whether it moves pixels to where the mask of a batch does not follow.
     """
 
     place = ""
     joins = splits = halvings = 0
-    resizes = computes = False
+    resizes = computes = moves_pixels = False
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -94,6 +96,10 @@ class Instruction:
             ValueError: with `check`, if an inverse is needed and does not exist.
         """
         return None
+
+    def pixels(self, forward: ForwardPass) -> int | Tensor:
+        """The number of pixels to which it applies its linear maps, or that of each sample (N,)."""
+        return pixels(forward.x)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         """Replace `forward.x` by the next state, and record latents and log-determinants."""
@@ -173,7 +179,7 @@ class Layer(Instruction):
         if not isinstance(logdet, Tensor) or logdet.shape not in ((), (1,), (len(x),)):
             got = tuple(logdet.shape) if isinstance(logdet, Tensor) else type(logdet).__name__
             raise TypeError(f"{name}: expected a logdet of shape ({len(x)},), got {got}")
-        return z, logdet.to(accumulator(z.dtype)).expand(len(x))
+        return z, logdet.to(accumulator(z.dtype)).expand(x.shape[0])
 
     def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()

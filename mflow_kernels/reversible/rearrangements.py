@@ -44,7 +44,7 @@ class SpaceToDepth(Rearrange):
 
     def apply(self, x: Tensor) -> Tensor:
         shape = self.shape(tuple(x.shape[1:]))
-        if not len(x):  # torch returns an empty batch unchanged
+        if not x.shape[0]:  # torch returns an empty batch unchanged
             return x.reshape(0, *shape)
         by_torch = F.pixel_shuffle if self.inverted else F.pixel_unshuffle
         if transformed() or not is_channels_last(x):
@@ -92,7 +92,8 @@ class Reorder(Rearrange):
     """
 
     def __init__(self, index: Tensor, by_pixel: bool = False) -> None:
-        self.index, self.by_pixel = index, by_pixel
+        self.index = index
+        self.by_pixel = self.moves_pixels = by_pixel
 
     def inverse(self) -> "Reorder":
         return Reorder(self.index.argsort(), self.by_pixel)
@@ -121,13 +122,15 @@ class PairPixels(Rearrange):
 
     Args:
         by: "checkerboard" moves the pixels (i, j) with odd i + j of (N, C, H, W) into channels
-            (the result is (N, 2C, H, W/2)); "halves" moves the second half of the last axis.
+            (the result is (N, 2C, H, W/2)); "neighbours" those with odd index along the last axis;
+            "halves" the second half of the last axis.
     """
 
     resizes = True
 
     def __init__(self, by: str, inverted: bool = False) -> None:
         self.by, self.inverted = by, inverted
+        self.moves_pixels = by == "halves"
 
     def inverse(self) -> "PairPixels":
         return PairPixels(self.by, not self.inverted)
@@ -150,13 +153,13 @@ class PairPixels(Rearrange):
         rows = x.movedim(1, -1) if last else x
         end = rows.dim() - 1
         channel, pixel = (end, end - 1) if last else (1, end)
-        neighbours = self.by == "checkerboard"
+        neighbours, checkered = self.by != "halves", self.by == "checkerboard"
         pair = pixel + 1 if neighbours else pixel  # its axis, next to that of the pairs
         if self.inverted:
             z = rows.unflatten(channel, (2, -1)).movedim(channel, pair).flatten(pixel, pixel + 1)
-            z = _checkered(z, pixel) if neighbours else z
+            z = _checkered(z, pixel) if checkered else z
         else:
-            rows = _checkered(rows, pixel) if neighbours else rows
+            rows = _checkered(rows, pixel) if checkered else rows
             pairs = rows.unflatten(pixel, (-1, 2) if neighbours else (2, -1))
             z = pairs.movedim(pair, channel).flatten(channel, channel + 1)
         return z.movedim(-1, 1) if last else z

@@ -23,10 +23,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
+from mflow_kernels.reversible.graph import STORE, Alive, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.modes import RandomState, random_state_of
 
-STORE = "reversible=False allows it"
 # Modules with layers that use only what they own.
 PLAIN = ("torch.nn.modules.", "mflow_kernels.layers.networks")
 
@@ -153,10 +153,10 @@ class RerunCall:
             The result; the leaves that it was called with; the copy; the number of the first node
             of its graph; and a reference that is dead once the graph is.
         """
-        alive = _Alive()
+        alive = Alive()
         leaves = [module_input.detach().requires_grad_(), *context]
         with torch.enable_grad():
-            given = _Guard.apply(leaves[0], alive, self.name)
+            given = Guard.apply(leaves[0], alive, self.name)
             start = given.grad_fn._sequence_nr()
             result = self.function(given, *leaves[1:])
         return result, leaves, given, start, weakref.ref(alive)
@@ -193,7 +193,7 @@ class RerunCall:
         if isinstance(self.module, torch.jit.ScriptModule):
             return []  # it owns all that it uses, and its nodes are numbered in another way
         leaves: dict[int, Tensor] = {}
-        for node in _nodes_behind(outputs, start):
+        for node in nodes_behind(outputs, start):
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 leaves[id(leaf)] = leaf
@@ -295,7 +295,7 @@ class RerunCall:
         if self.known is None or self.known.plain:
             return
         given = set(map(id, inputs))
-        for node in _nodes_behind(outputs):
+        for node in nodes_behind(outputs):
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in given:
                 self._raise(
@@ -333,26 +333,6 @@ class RerunCall:
             )
 
 
-class _Alive:
-    """An object that lives as long as the graph that holds it."""
-
-
-class _Guard(torch.autograd.Function):
-    """A copy of a module's input, whose graph must not be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, alive: _Alive, name: str) -> Tensor:
-        ctx.alive, ctx.name = alive, name
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"ReversibleChain: the loss uses activations of {ctx.name}, as those that hooks "
-            f"collect; a reversible chain has no gradient for them; {STORE}"
-        )
-
-
 def _modules_of(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, torch.jit.ScriptModule):
         return list(module.modules())
@@ -383,21 +363,6 @@ def _detached(result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return type(result)(map(_detached, result))
     return result.detach() if isinstance(result, Tensor) else result
-
-
-def _nodes_behind(outputs: Sequence[Tensor], start: int = 0) -> Iterator[Any]:
-    """The nodes of autograd's graph that outputs depend on. Nodes older than `start` end it."""
-    waiting: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        if node._sequence_nr() < start:
-            continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
 
 
 def raise_replaced() -> NoReturn:

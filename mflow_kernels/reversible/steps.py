@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.ops.checks import check_device
+from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_forward, conv1x1_op, spread
 from mflow_kernels.ops.coupling import (
     affine_coupling_op,
@@ -48,6 +48,7 @@ from mflow_kernels.reversible.instructions import (
     Pair,
 )
 from mflow_kernels.reversible.linear_maps import LinearMap, VectorGradients, WeightGradients
+from mflow_kernels.reversible.masks import frames, mask_at
 
 PRECISION = "tf32x3"
 
@@ -64,6 +65,20 @@ class Couple:
 
     def __init__(self, net: nn.Module, inverted: bool) -> None:
         self.net, self.inverted = net, inverted
+
+    def call(self, masked: bool) -> Call:
+        """The call of the network; with a mask, its output at padding is that of the identity."""
+        return Call(self.net, self.masked_net if masked else self.net)
+
+    def masked_net(self, x_a: Tensor, mask: Tensor, *context: Tensor) -> Any:
+        valid = mask_at(mask, x_a)
+        # The product also removes the gradient that a convolution returns for padding.
+        params = self.net(x_a * valid, valid, *context)
+        return self.masked(params, valid) if isinstance(params, Tensor) else params
+
+    def masked(self, params: Tensor, valid: Tensor) -> Tensor:
+        """params with those of the identity where `valid` is 0."""
+        raise NotImplementedError
 
     def checked(self, x: Tensor, params: object) -> Tensor:
         """The params for the state x; raise TypeError or ValueError if they do not fit it."""
@@ -101,6 +116,12 @@ class AffineCouple(Couple):
         super().__init__(net, inverted)
         self.scale = scale
 
+    def masked(self, params: Tensor, valid: Tensor) -> Tensor:
+        if self.scale.identity == 0:
+            return params * valid.to(params.dtype)
+        raw, shift = params.to(valid.dtype).chunk(2, dim=1)
+        return torch.cat([torch.where(valid > 0, raw, self.scale.identity), shift * valid], dim=1)
+
     def checked(self, x: Tensor, params: object) -> Tensor:
         return check_params(x, params, "net's output")
 
@@ -123,12 +144,39 @@ class AffineCouple(Couple):
         return AffineCouple(self.net, self.scale, not self.inverted)
 
 
+class AdditiveCouple(AffineCouple):
+    """The coupling y_b = x_b + shift, or its inverse: the network returns the shift (N, C_b, ...).
+
+    The launches are those of an affine coupling with raw = 0 and s = exp(0).
+    """
+
+    def __init__(self, net: nn.Module, inverted: bool = False) -> None:
+        super().__init__(net, ScaleFunction.of("exp"), inverted)
+
+    def checked(self, x: Tensor, params: object) -> Tensor:
+        shift = check_tensor("net's output", params)
+        check_shape("net's output", shift, (len(x), x.shape[1] - x.shape[1] // 2, *x.shape[2:]))
+        return super().checked(x, torch.cat([torch.zeros_like(shift), shift], dim=1))
+
+    def undo(
+        self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None
+    ) -> RebuiltCoupling:
+        shift, dshift = (-params, -dz_b) if self.inverted else (params, dz_b)
+        return RebuiltCoupling((z_b - shift).to(z_b.dtype), dz_b, dshift.to(params.dtype))
+
+    def inverse(self) -> "AdditiveCouple":
+        return AdditiveCouple(self.net, not self.inverted)
+
+
 class SplineCouple(Couple):
     """The coupling by splines with this network, or its inverse."""
 
     def __init__(self, net: nn.Module, spline: Spline, inverted: bool = False) -> None:
         super().__init__(net, inverted)
         self.spline = spline
+
+    def masked(self, params: Tensor, valid: Tensor) -> Tensor:
+        return torch.where(valid > 0, params, self.spline.identity)
 
     def checked(self, x: Tensor, params: object) -> Tensor:
         return check_numbers(x, params, self.spline, x.shape[1] // 2, "net's output")
@@ -165,12 +213,16 @@ class Steps(Instruction):
     Args:
         steps: in the order in which they run.
         inverted: whether each linear map runs as its inverse.
+        masked: whether the first context is a mask. States and gradients stay zero at padding: each
+            launch is followed by a product with the mask, since a bias or spline fills padding.
     """
 
     computes = True
 
-    def __init__(self, steps: Sequence[Step], inverted: bool = False) -> None:
-        self.steps, self.inverted = list(steps), inverted
+    def __init__(
+        self, steps: Sequence[Step], inverted: bool = False, *, masked: bool = False
+    ) -> None:
+        self.steps, self.inverted, self.masked = list(steps), inverted, masked
         # The class of the linear maps, which `fused` compares without looking at all steps again.
         self._kind = next((type(s.linear) for s in steps if s.linear is not None), None)
 
@@ -180,7 +232,7 @@ class Steps(Instruction):
 
     @property
     def calls(self) -> list[Call]:
-        return [Call(s.couple.net, s.couple.net) for s in self.steps if s.couple is not None]
+        return [s.couple.call(self.masked) for s in self.steps if s.couple is not None]
 
     def at(self, place: str) -> "Steps":
         self.steps = [step._replace(place=place) for step in self.steps]
@@ -190,13 +242,17 @@ class Steps(Instruction):
         """Steps that follow share a launch, and all linear maps are folded together."""
         if not isinstance(following, Steps) or self.inverted != following.inverted:
             return None
+        if self.masked != following.masked:
+            return None
         if self._kind is not following._kind and None not in (self._kind, following._kind):
             return None
         *before, last = self.steps
         first, *after = following.steps
         if last.couple is None and first.linear is None:
-            return Steps([*before, Step(last.linear, first.couple, last.place), *after])
-        return Steps([*self.steps, *following.steps])
+            before = [*before, Step(last.linear, first.couple, last.place)]
+        else:
+            before, after = self.steps, following.steps
+        return Steps([*before, *after], self.inverted, masked=self.masked)
 
     def inverse(self) -> "Steps":
         steps: list[Step] = []
@@ -207,7 +263,10 @@ class Steps(Instruction):
                 steps.append(Step(None, couple.inverse(), place))
             if linear is not None:
                 steps.append(Step(linear, None, place))
-        return Steps(steps, not self.inverted)
+        return Steps(steps, not self.inverted, masked=self.masked)
+
+    def pixels(self, forward: ForwardPass) -> int | Tensor:
+        return frames(forward.context[0], forward.x) if self.masked else super().pixels(forward)
 
     def fold(
         self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
@@ -223,6 +282,7 @@ class Steps(Instruction):
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         linear = _operator(conv1x1_op, conv1x1_eager, conv1x1_forward)
         x, steps, dense = forward.x, self.steps, self._dense
+        valid = mask_at(forward.context[0], x) if self.masked else None
         weights = iter(_rows(folded, self.inverted, x, dense))
         net_input: Tensor | None = None
         for i, step in enumerate(steps):
@@ -235,11 +295,12 @@ class Steps(Instruction):
                     x, net_input = linear(x, *next(weights), PRECISION, dtype)
                 else:
                     x, net_input = step.linear.run(x, *next(weights), self.inverted, dtype)
+                x, net_input = _valid(x, valid), _valid(net_input, valid)
             if step.couple is None:
                 continue
             if net_input is None:
                 net_input = _cut(x)
-            couple, call = step.couple, Call(step.couple.net, step.couple.net)
+            couple, call = step.couple, step.couple.call(self.masked)
             params = couple.checked(x, forward.call(call, x, net_input))
             following = steps[i + 1] if i + 1 < len(steps) else None
             if dense and couple.fuses and following is not None and following.linear is not None:
@@ -247,11 +308,14 @@ class Steps(Instruction):
                 x, net_input, ledger = couple.run_with_linear(x, params, next(weights), dtype)
             else:
                 (x, ledger), net_input = couple.run(x, params), None
+            x, net_input = _valid(x, valid), _valid(net_input, valid)
             forward.ledger.append(ledger)
         forward.x = x
 
     def undo(self, backward: BackwardPass, folded: Pair | None) -> Gradients | None:
         (a, b), (da, db) = backward.halves()
+        valid = mask_at(backward.context[0], b) if self.masked else None
+        da, db = _valid(da, valid), _valid(db, valid)
         gradients = WeightGradients if self._dense else VectorGradients
         weights = None if folded is None else gradients(*folded, self.inverted, backward)
         net_input: Tensor | None = None  # of the coupling to be undone, if a launch has cut it
@@ -269,7 +333,7 @@ class Steps(Instruction):
                 true = None if stored is None else stored[0].tensor_split([a.shape[1]], dim=1)
                 true_b = None if true is None else true[1]
                 b, db, dnet = _undo_couple(couple, backward, again, net_input, b, db, true_b)
-                whole = None
+                whole, b, db = None, _valid(b, valid), _valid(db, valid)
                 if stored is not None and true is not None:
                     backward.compare((a, b), stored[0])
                     a, b = true
@@ -280,6 +344,9 @@ class Steps(Instruction):
                 made = weights.undo_linear(linear, (a, b), (da, db), dnet, couple_next)
                 (a, b), (da, db) = made.x, made.dx
                 whole, net_input, dnet = made.whole, made.net, None
+                if valid is not None:  # in place, because `whole` may have the memory of a and b
+                    for part in (a, b) if net_input is None else (a, b, net_input):
+                        part.mul_(valid)
         if whole is not None:
             backward.set(*whole)
         else:
@@ -303,6 +370,13 @@ def _undo_couple(
         params = again.run_again(net_input, backward.context)
     b, db, dparams = couple.undo(z_b, dz_b, backward.dlogdet, params.detach(), true_b)
     return b, db, backward.differentiate(again, (params,), (dparams,), net_input)
+
+
+def _valid(x: Any, valid: Tensor | None) -> Any:
+    """x with zeros where `valid` is 0; x itself without a mask, and if it is None or empty."""
+    if x is None or valid is None or not x.numel():
+        return x
+    return x * valid.to(x.dtype)
 
 
 def _operator(registered: Any, eager: Any, plain: Any) -> Any:

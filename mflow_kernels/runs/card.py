@@ -14,6 +14,7 @@ from mflow_kernels.runs.parser import as_option
 from mflow_kernels.version import __version__
 
 CARD = "README.md"
+SAMPLES = "samples.png"  # mflow train draws it
 _FIGURES = {
     "bits_per_dim": ("bits per dimension", ".3f"),
     "mean_squared_error": ("mean squared error of the projection, pixels in [0, 1]", ".5f"),
@@ -21,7 +22,9 @@ _FIGURES = {
 }
 
 
-def model_card(config: RunConfig, parameters: int, images: int | None, evaluation: Path) -> str:
+def model_card(
+    config: RunConfig, parameters: int, images: int | None, evaluation: Path, samples: bool
+) -> str:
     """Return a card with the data, the figures, the command and the code that loads the model.
 
     Args:
@@ -29,6 +32,7 @@ def model_card(config: RunConfig, parameters: int, images: int | None, evaluatio
         parameters: number of the model's parameters.
         images: number of images that it was trained on, or None if the run does not know.
         evaluation: the figures that `mflow evaluate` wrote. The card says so if there are none.
+        samples: whether the picture `SAMPLES` lies beside the card.
     """
     channels, size, _ = config.image_shape
     colours = "grey" if channels == 1 else "RGB"
@@ -36,7 +40,9 @@ def model_card(config: RunConfig, parameters: int, images: int | None, evaluatio
     data = f"{number} of {_text(config.data_name)}: {size}x{size}, {colours}, {config.n_bits} bits"
     if config.class_names:
         data += f", of the classes {', '.join(map(_text, config.class_names))}"
-    dims = " in ".join(str(stage.dim) for stage in reversed(config.flows))
+    dims = list(dict.fromkeys(stage.dim for stage in reversed(config.flows)))
+    manifold = f"manifold{'s have' if dims[1:] else ' has'} {' in '.join(map(str, dims))} of"
+    picture = f"![Samples]({SAMPLES})\n\n" if samples else ""
     return f"""---
 library_name: mflow_kernels
 tags:
@@ -47,7 +53,7 @@ tags:
 
 # {_text(config.data_name)}
 
-A manifold flow (arXiv 2206.03293) with {parameters:,} parameters. Its manifolds have {dims} of
+A manifold flow (arXiv 2206.03293) with {parameters:,} parameters. Its {manifold}
 {math.prod(config.image_shape):,} dimensions. mflow_kernels {__version__} wrote this folder.
 
 ```python
@@ -58,7 +64,7 @@ model = HierarchicalFlow.from_pretrained("this-folder")
 model.postprocess(x)[0].save("sample.png")
 ```
 
-## Data
+{picture}## Data
 
 {data}. The images are not in this folder.
 
@@ -96,10 +102,8 @@ def train_command(config: RunConfig) -> list[str]:
 
 
 def _sampling(config: RunConfig) -> str:
-    if config.class_names:
-        first = "import torch\n\nclasses = torch.tensor([0] * 4)  # numbers in model.class_names\n"
-        return first + "x = model.sample(4, temperature=0.7, context=classes)"
-    return "x = model.sample(4, temperature=0.7)"
+    context = f", context={config.class_names[0]!r}" if config.class_names else ""
+    return f"x = model.sample(4, temperature=0.7{context})"
 
 
 def _figures(path: Path) -> str:

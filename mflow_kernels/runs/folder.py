@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from mflow_kernels.data.manifest import MANIFEST, TRAIN, Manifest
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.models.architecture import build
 from mflow_kernels.models.pretrained import ARCHITECTURE, contents, write
-from mflow_kernels.runs.card import CARD, model_card
+from mflow_kernels.runs.card import CARD, SAMPLES, model_card
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, Stage
 from mflow_kernels.runs.parser import as_option
@@ -306,17 +307,22 @@ def name_results(folder: Path, data: str, name: str) -> str:
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it.
 
-    The folder also has a model card, README.md.
+    The folder also has a model card, README.md, and the run's picture of samples. Other pictures
+    stay in the run, because they show held-out images.
     """
     content = contents(run.model)
     manifest = read_manifest(run.folder)
     images = None if manifest is None else int((manifest.parts == TRAIN).sum())
     parameters = sum(p.numel() for p in run.model.parameters())
-    card = model_card(run.config, parameters, images, run.folder / EVALUATION)
+    samples = run.folder / SAMPLES
+    drawn = samples.is_file()
+    card = model_card(run.config, parameters, images, run.folder / EVALUATION, drawn)
 
     def fill(temporary: Path) -> None:
         write(run.model, content, temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")
+        if drawn:
+            shutil.copyfile(samples, temporary / SAMPLES)
 
     lock = make_folder(folder, fill, "out")
     (folder / LOCK).unlink(missing_ok=True)

@@ -39,7 +39,8 @@ def sample(
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
         class_name: Name of the class to draw; by default a row for each class is drawn.
-        files: New folder for the images themselves, each as a PNG file of its own size.
+        files: New folder for the images themselves, each as a PNG file of its own size; names begin
+            with the class.
     """
     from mflow_kernels.data.files import check_can_be_written
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
@@ -83,7 +84,8 @@ def sample(
         draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
         if folder is not None:
-            write_images(folder, list(rows.values()), "files")
+            files_of = {_in_file_name(c, names.index(c)) if c else "": rows[c] for c in rows}
+            write_images(folder, files_of, "files")
             print(printable(str(folder)))
 
     return work

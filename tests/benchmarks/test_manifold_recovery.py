@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from benchmarks.manifold import pictures, points, tables, training
+from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.factors import elbow
 from benchmarks.manifold.gaussians import gaussians
 from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
@@ -289,11 +289,6 @@ def test_the_frechet_distance_is_that_of_gaussians():
     assert judge.frechet(b, Part(b, torch.zeros(len(b)))) == pytest.approx(0, abs=1e-6)
 
 
-def test_elbow():
-    assert elbow({1: 1.0, 2: 0.1, 3: 0.01, 4: 0.009, 5: 0.008}) == 3
-    assert elbow({1: 1.0, 2: 0.5, 3: 0.26, 4: 0.14, 5: 0.08}) is None
-
-
 def test_tables_show_missing_values_and_failed_runs():
     rows = [{"m": "a", "x": 1.0}, {"m": "a", "x": 3.0}, {"m": "b", "x": None}]
     rows += [{"m": "c", "x": 1.0}, {"m": "c", "failed": "loss nan"}]
@@ -326,3 +321,16 @@ def test_the_falling_weight_is_that_of_a_schedule():
         expected = objective(first, x).loss
         if step in (0, 31, 99):
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
+
+
+def test_the_energy_distance_tells_distributions_apart():
+    x, y = normal(2000, 3), normal(2000, 3)
+    assert abs(points.energy_distance(x, y)) < 0.01
+    assert points.energy_distance(x, y + 1) > 0.2
+    assert points.energy_distance(x * math.nan, y) == math.inf
+
+
+def test_tables_of_no_runs_say_so(tmp_path, capsys):
+    main(["--tables", "--only", "points", "--out", str(tmp_path)])
+    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "full").iterdir())

@@ -14,6 +14,7 @@ from benchmarks.manifold.peers import (
     prior_loss,
     reconstruction_loss,
     rectangular_loss,
+    warm_up,
 )
 from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 
@@ -167,3 +168,19 @@ def own_objective():
 def test_bad_input_is_refused(model, x, call, message):
     with pytest.raises(ValueError, match=message):
         call(copy.deepcopy(model), x)
+
+
+def test_draws_follow_the_generator(x):
+    model = autoencoder()
+    first, again, other = (
+        gradients(free_form_loss(model, x, 1.0, generator=torch.Generator().manual_seed(s)), model)
+        for s in (0, 0, 1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_warm_up():
+    assert [warm_up(p, 0.2, 0.6) for p in (0, 0.2, 0.3, 0.6, 1)] == pytest.approx(
+        [0, 0, 0.25, 1, 1]
+    )

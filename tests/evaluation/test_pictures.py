@@ -70,10 +70,3 @@ def test_histograms_are_drawn_of_any_values(tmp_path, first, second):
         assert image.width == 840
         blue_seen = (142, 186, 217) in {c[:3] for _, c in image.getcolors(1 << 20)}  # half of C0
     assert blue_seen
-
-
-def test_many_histograms_take_two_rows(tmp_path):
-    values = {"a": torch.arange(9).double(), "b": torch.arange(9).double() + 5}
-    draw_histograms(tmp_path / "a.png", {str(i): values for i in range(7)})
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (4 * 420, 2 * 360)

@@ -45,6 +45,8 @@ LEFT = {
         "a matrix between couplings of vectors",
     ),
     "images": (lambda: freia(4, 8, 8), ""),
+    "unequal parts": (lambda: freia(5, 8, 8), "unequal parts of fewer than 63 channels"),
+    "wide unequal parts": (lambda: freia(63, 4, 4), ""),
     "learned matrices": (lambda: wide(130), "a learned matrix of more than 128 channels"),
     "narrow learned matrices": (lambda: wide(128), ""),
     "linear maps": (
@@ -70,14 +72,15 @@ def test_no_limit_is_known_for_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("blocks", "size", "rebuilds"), [(4, 16, True), (3, 16, False), (4, 2, False)]
+    ("channels", "blocks", "size", "rebuilds"),
+    [(4, 4, 16, True), (4, 3, 16, False), (4, 4, 2, False), (63, 4, 16, False)],
 )
-def test_states_are_rebuilt_where_that_takes_less_memory(blocks, size, rebuilds):
-    """Few couplings, or many weights for each number of the batch, store their states."""
-    model = freia(4, 16, 16, blocks=blocks)
+def test_states_are_rebuilt_where_that_takes_less_memory(channels, blocks, size, rebuilds):
+    """Few couplings, many weights for each number of the batch, and unequal parts store states."""
+    model = freia(channels, 16, 16, blocks=blocks)
     accelerate(model, reversible=True)
     ((run, _, _),) = implementation_of(model).items
-    x = torch.randn(2, 4, size, size)
+    x = torch.randn(2, channels, size, size)
     model(x)[0].sum().backward()
     assert (run.sequence.drift is not None) == rebuilds
     accelerate(model, reversible=True, even_if_slower=True)

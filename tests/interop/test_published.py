@@ -273,3 +273,7 @@ def test_other_checkpoints_raise():
         glow_from_openai(variables, (1, 8, 8))
     with pytest.raises(ValueError, match=r"blocks.0.flows.0.actnorm.loc"):
         glow_from_rosinality({}, SHAPE)
+    weights = rosinality_weights()
+    weights["blocks.0.flows.0.actnorm.loc"] += float("nan")
+    with pytest.raises(ValueError, match=r"actnorm.loc' is not finite"):
+        glow_from_rosinality(weights, SHAPE)

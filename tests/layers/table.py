@@ -30,10 +30,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "actnorm, images": (lambda: ActNorm(3), (2, 3, 2, 3)),
     "conv1x1, vectors": (lambda: InvertibleConv1x1(5), (3, 5)),
     "conv1x1, volumes": (lambda: InvertibleConv1x1(3), (2, 3, 1, 2, 2)),
+    "conv1x1, grouped": (lambda: InvertibleConv1x1(8, n_split=4), (2, 8, 3)),
     "coupling, vectors": (lambda: AffineCoupling(5, width=4, spatial_dims=0), (3, 5)),
     "coupling, signals": (lambda: AffineCoupling(3, width=4, spatial_dims=1), (2, 3, 4)),
     "coupling, images": (lambda: AffineCoupling(3, width=4, scale=GLOWS_SCALE), (2, 3, 2, 3)),
     "coupling, volumes": (lambda: AffineCoupling(2, width=4, spatial_dims=3), (2, 2, 2, 1, 2)),
+    "coupling, additive": (lambda: AffineCoupling(5, width=4, scale=None), (2, 5, 2, 3)),
     "spline, vectors": (lambda: SplineCoupling(5, bins=4, width=4, spatial_dims=0), (3, 5)),
     "spline, images": (lambda: SplineCoupling(3, bins=3, width=4), (2, 3, 2, 3)),
     "split": (lambda: Split(5, width=4), (2, 5, 2, 1)),
@@ -44,6 +46,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "channels": (lambda: Permutation([2, 0, 3, 1]), (2, 4, 2, 2)),
     "pixels": (lambda: Permutation([2, 0, 3, 1], axis="pixels"), (2, 3, 2, 2)),
     "pixel pairs": (lambda: PixelPairs("checkerboard"), (2, 2, 2, 4)),
+    "frame pairs": (lambda: PixelPairs("neighbours"), (2, 2, 4)),
     "step": (lambda: FlowStep(3, width=4), (2, 3, 2, 3)),
     "step, one pixel": (lambda: FlowStep(4, width=4, scale="atan"), (2, 4, 1, 1)),
     "step, vectors": (lambda: FlowStep(5, width=4, spatial_dims=0, scale="exp"), (2, 5)),
@@ -98,7 +101,11 @@ TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "tokens": (
         lambda: [
             *(TokenCoupling(4), Permutation(torch.randperm(6), axis="pixels"), TokenCoupling(4)),
-            *pixel_coupling("halves", 4, 1),
+            *(*pixel_coupling("halves", 4, 1), InvertibleConv1x1(4, n_split=2)),
+            *(
+                FlowStep(4, width=4, spatial_dims=1, scale=None),
+                *pixel_coupling("neighbours", 4, 1),
+            ),
             *(Permutation([1, 3, 0, 2]), AffineCoupling(4, width=4, spatial_dims=1)),
         ],
         TOKENS,

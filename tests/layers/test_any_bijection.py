@@ -3,6 +3,7 @@ reversible and stored, with context."""
 
 import copy
 from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -95,13 +96,16 @@ def test_a_context_reaches_users_layers(backwards: bool) -> None:
     assert_all_close(got, want, terms=2 * 16 * 64)
 
 
+PAIRS: tuple[Any, ...] = get_args(get_type_hints(PixelPairs.__init__)["by"])
+
+
 @pytest.mark.parametrize(
     "layer",
     [
-        *(PixelPairs(by, back) for by in ("checkerboard", "halves") for back in (False, True)),  # type: ignore[arg-type]
+        *(PixelPairs(by, back) for by in PAIRS for back in (False, True)),
         *(Permutation([2, 0, 3, 1]), Permutation(torch.arange(24).flip(0), axis="pixels")),
     ],
-    ids=["squares", "squares, back", "halves", "halves, back", "channels", "pixels"],
+    ids=[*(f"{by}{back}" for by in PAIRS for back in ("", ", back")), "channels", "pixels"],
 )
 def test_rearrangements_keep_the_layout(layer: Bijection) -> None:
     x = torch.randn(2, 4, 4, 6, requires_grad=True)
@@ -268,7 +272,7 @@ def test_what_a_layer_must_return(
         (lambda: Permutation([0], axis="rows"), ValueError, "axis: expected one of"),
         (lambda: Permutation([1, 0], axis="pixels")(torch.zeros(1, 2, 3)), ValueError,
          "x: expected 2 pixels"),
-        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves"),
+        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves, n"),
         (lambda: PixelPairs("halves")(torch.zeros(1, 2, 3)), ValueError, "an even last axis"),
         (lambda: FlowStep(4, coupling="cubic"), ValueError,
          "coupling: expected one of affine, spline"),

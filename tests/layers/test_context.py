@@ -142,7 +142,7 @@ def glow(**options):
     [
         (0, torch.ones(2, 3), TypeError, "context: expected none, .* no context_channels"),
         (0, torch.tensor([0, 1]), TypeError, "context: expected none, .* no context_channels"),
-        (3, None, TypeError, r"context: expected a tensor \(N, 3\) or a map, got none"),
+        (3, None, TypeError, r"context: expected classes, vectors \(N, 3\) or maps, got none"),
         (3, torch.ones(2, 4), ValueError, r"context: expected shape \(2, 3\) or .*, got \(2, 4\)"),
         (3, torch.ones(1, 4), ValueError, r"context: expected shape \(2, 3\) or .*, got \(2, 4\)"),
         (3, torch.ones(2, 3, 3, 4), ValueError, r"multiples of the sides \(2, 2\), got \(2, 3, 3,"),

@@ -257,7 +257,7 @@ def test_inputs_that_do_not_fit():
     x = normal(2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 8, 8\), got \(2, 1, 8, 6\)"):
         jet(x[..., :6])
-    with pytest.raises(TypeError, match=r"context: expected a tensor \(N, 3\) or a map, got none"):
+    with pytest.raises(TypeError, match=r"context: expected classes, vectors \(N, 3\) or maps"):
         jet(x)
     with pytest.raises(ValueError, match="context: expected classes from 0 to 2, got 1 to 3"):
         jet(x, torch.tensor([1, 3]))

@@ -1,6 +1,7 @@
 """Models that are saved without a run, and loaded again."""
 
 import json
+from operator import setitem
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ MODELS = {
     "chain that unsqueezes": lambda: ReversibleChain(
         [Squeeze(), FlowStep(4, width=3), Unsqueeze()], input_shape=IMAGE
     ),
+    "chain of sequences": lambda: ReversibleChain(
+        [
+            *(PixelPairs("neighbours"), InvertibleConv1x1(4, n_split=2)),
+            AffineCoupling(4, width=3, scale=None, spatial_dims=1),
+        ],
+        input_shape=(2, 6),
+    ),
     "manifold of glow": lambda: model().stages[0],
     "manifold of vectors": lambda: ManifoldFlow(VectorFlow(3, 1, 4), 2),
     "manifold of a chain": lambda: ManifoldFlow(chain(), 5),
@@ -147,43 +155,6 @@ def test_every_kind_is_in_the_table_above():
     assert used == architecture.KINDS.keys()
 
 
-def changed(make, change):
-    def changed_model():
-        whole = make()
-        change(whole)
-        return whole
-
-    return changed_model
-
-
-def silu(flow):
-    flow.chain.layers[1].coupling.net[1] = nn.SiLU()
-
-
-def scaled(flow):
-    flow.chain.layers[1].coupling.scale = ScaleFunction("exp")
-
-
-def padded(flow):
-    flow.chain.layers[1].coupling.net[0].padding_mode = "circular"
-
-
-def hooked(flow):
-    flow.chain.layers[1].coupling.net.register_forward_hook(lambda *_: None)
-
-
-def replaced_forward(flow):
-    flow.chain.layers[1].forward = lambda x: (x, x.new_zeros(len(x)))
-
-
-def grown(flow):
-    flow.chain.layers[1].coupling.net.append(nn.Identity())
-
-
-def mixed(flow):
-    flow.chain.layers[1].double()
-
-
 def tied() -> ReversibleChain:
     step = FlowStep(3, width=4, spatial_dims=0)
     return ReversibleChain([step, step], input_shape=POINT)
@@ -203,18 +174,51 @@ def glow(**options):
     return Glow(IMAGE, 2, 1, 4, **options)
 
 
+def edited(edit):
+    """A function that makes a Glow and calls `edit` with a step and its network."""
+
+    def make():
+        flow = glow()
+        step = flow.chain.layers[1]
+        edit(step, step.coupling.net)
+        return flow
+
+    return make
+
+
 def own_net(inputs, outputs):
     return nn.Conv2d(inputs, outputs, 1)
 
 
 REFUSED = {
-    "another activation": (changed(glow, silu), r"chain.layers.1.coupling.net.1: .*ReLU, got SiLU"),
-    "another scale": (changed(glow, scaled), r"chain.layers.1.coupling.scale: expected Scale"),
-    "another padding": (changed(glow, padded), r"net.0.padding_mode: expected zeros, got circular"),
-    "a hook": (changed(glow, hooked), r"chain.layers.1.coupling.net: expected no hooks"),
-    "another forward": (changed(glow, replaced_forward), r"chain.layers.1: expected the forward"),
-    "a further layer": (changed(glow, grown), r"chain.layers.1.coupling.net.5: expected nothing"),
-    "two dtypes": (changed(glow, mixed), "numbers of one dtype, got torch.float32, torch.float64"),
+    "another activation": (
+        edited(lambda step, net: setitem(net, 1, nn.SiLU())),
+        r"chain.layers.1.coupling.net.1: .*ReLU, got SiLU",
+    ),
+    "another scale": (
+        edited(lambda step, net: setattr(step.coupling, "scale", ScaleFunction("exp"))),
+        r"chain.layers.1.coupling.scale: expected Scale",
+    ),
+    "another padding": (
+        edited(lambda step, net: setattr(net[0], "padding_mode", "circular")),
+        r"net.0.padding_mode: expected zeros, got circular",
+    ),
+    "a hook": (
+        edited(lambda step, net: net.register_forward_hook(lambda *_: None)),
+        r"chain.layers.1.coupling.net: expected no hooks",
+    ),
+    "another forward": (
+        edited(lambda step, net: setattr(step, "forward", lambda x: (x, x.new_zeros(len(x))))),
+        r"chain.layers.1: expected the forward",
+    ),
+    "a further layer": (
+        edited(lambda step, net: net.append(nn.Identity())),
+        r"chain.layers.1.coupling.net.5: expected nothing",
+    ),
+    "two dtypes": (
+        edited(lambda step, net: step.double()),
+        "numbers of one dtype, got torch.float32, torch.float64",
+    ),
     "an own network": (lambda: glow(network=own_net), "network: expected built-in networks"),
     "an own network inside": (
         lambda: ManifoldFlow(glow(network=own_net), 5),
@@ -371,6 +375,30 @@ def test_an_existing_folder_is_kept(tmp_path):
         with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists"):
             model().save_pretrained(folder)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
+    folder, kind, rename = tmp_path / "model", type(tmp_path), type(tmp_path).rename
+    glow().save_pretrained(folder)
+    with pytest.raises(ValueError, match="overwrite=True replaces the model in it"):
+        glow(reversible=False).save_pretrained(folder)
+
+    def fail(path, target):  # the rename of the new model, not that of the old one
+        if path.suffix == ".tmp":
+            raise OSError("no space")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "rename", fail)
+        with pytest.raises(ValueError, match="no space"):
+            glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert Glow.from_pretrained(folder).chain.reversible
+    glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert not Glow.from_pretrained(folder).chain.reversible
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (folder / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists$"):
+        glow().save_pretrained(folder, overwrite=True)
 
 
 @pytest.mark.parametrize(

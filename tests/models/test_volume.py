@@ -9,7 +9,7 @@ from cases import normal, perturbed
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.models.volume import log_volume
 from mflow_kernels.testing import assert_close, tolerance
-from models.flows import Scale
+from models.flows import Scale, assert_gradient_is_a_difference
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -103,11 +103,12 @@ def test_errors_have_the_right_size():
 
 
 def test_an_embedding_that_scales_needs_one_step():
-    """With M = 9 I, every probe gives the exact value in the first step."""
-    u = torch.zeros(2, 40, dtype=torch.float64)
-    got = log_volume(lambda u: 3 * u, u, 40, "hutchinson", probes=2, generator=seeded())
-    assert_close(got.value, torch.full_like(got.value, 40 * math.log(3)), terms=1000)
-    assert_close(got.error, torch.zeros_like(got.error), terms=1000, scale=40 * math.log(3))
+    """With M = 4 I, every probe gives the exact value in the first step. In 16 dimensions nothing
+    rounds, so that no direction is left for a second one."""
+    u = torch.zeros(2, 16, dtype=torch.float64)
+    got = log_volume(lambda u: 2 * u, u, 16, "hutchinson", probes=2, generator=seeded())
+    assert_close(got.value, torch.full_like(got.value, 16 * math.log(2)), terms=1000)
+    assert_close(got.error, torch.zeros_like(got.error), terms=1000, scale=16 * math.log(2))
 
 
 def test_the_error_includes_the_bias_of_too_few_steps():
@@ -134,24 +135,9 @@ def gradient_of(model, x, **options):
 
 @pytest.mark.parametrize("reversible", [True, False])
 def test_gradients_of_the_exact_density(reversible):
-    """The gradient agrees with a finite difference along a random direction of x and parameters."""
     model = vector_flow(reversible=reversible)
     x = normal(3, 4, dtype=torch.float64)
-    got = gradient_of(model, x)
-    names = [x, *(p for p in model.parameters())]
-    direction = [torch.randn_like(p) for p in names]
-    step, values = 1e-5, []
-    for sign in (1, -1):
-        with torch.no_grad():
-            for p, v in zip(names, direction, strict=True):
-                p += sign * step * v
-            values.append(model.manifold_log_prob(x).value.sum())
-            for p, v in zip(names, direction, strict=True):
-                p -= sign * step * v
-    expected = (values[0] - values[1]) / (2 * step)
-    along = (got * torch.cat([v.flatten() for v in direction])).sum()
-    # The error of the difference is step^2, plus the rounding of the values divided by the step.
-    assert (along - expected).abs() < 1e-6 * max(1.0, expected.abs().item())
+    assert_gradient_is_a_difference(lambda x: model.manifold_log_prob(x).value, model, x)
 
 
 def test_gradients_of_the_estimate_are_right_on_average():

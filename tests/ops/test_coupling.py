@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, SCALES, sample
+from cases import FLOW_OPERATORS, SCALES, normal, sample
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
 from mflow_kernels import ops
-from mflow_kernels.ops.coupling import launch_coupling
+from mflow_kernels.ops.coupling import coupling_eager, launch_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -63,6 +63,17 @@ def test_scales_do_not_cancel_near_zero(kind, dtype, device):
     r = raw.double()
     want = {"tanh": r.tanh(), "double-sigmoid": (r / 2).tanh().log1p()}[kind]
     torch.testing.assert_close(logdet.cpu().double(), want, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_gradient_of_a_ledger_entry_reaches_its_tile_alone(kernel_device):
+    """An operator's public logdet gives all tiles of a sample the same gradient."""
+    x, params = normal(2, 2, 1100, device=kernel_device), normal(2, 2, 1100, device=kernel_device)
+    _, ledger = coupling_eager(x, params.requires_grad_(), *ScaleFunction("exp").args, False)
+    entries = ledger.sum(0).unbind()
+    assert len(entries) > 1
+    reached = [torch.autograd.grad(t, params, retain_graph=True)[0][:, 0] for t in entries]
+    assert all(part.any() for part in reached)
+    assert torch.equal(sum(reached), torch.ones_like(x[:, 0]))  # d log s / d raw of exp is 1
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ HOPPER_TILED: list[Case] = [
     ((1, 12, 10, 8), 256, 24),
     ((1, 24, 5, 8), 128, 48),
     ((1, 24, 5, 8), 256, 48),
+    ((1, 6, 9, 16), 512, 12),
     ((1, 6, 3, 7), 128, 12),  # tiles begin within a row
 ]
 
@@ -156,6 +157,21 @@ def test_programs_of_the_two_backward_launches(
 
     monkeypatch.setattr(launches, "partial_sums", few)
     assert_matches(sample(*case, torch.bfloat16, kernel_device))
+
+
+def test_programs_fill_the_card_and_sums_stay_small() -> None:
+    def programs(card: int, pixels: int, width: int, numbers: int) -> int:
+        s = Shape(pixels, 8, 8, 6, 12, width, 9, 2)
+        tile = tiles.Tile(64, 128, 64, 0, 8)
+        return tiles.splits(s, tile, numbers, card)
+
+    assert programs(132, 2**20, 512, 0) == 66  # two for each of 132 multiprocessors, in 4 blocks
+    assert programs(132, 2**20, 512, 10**5) == 33  # one
+    assert programs(108, 2**20, 512, 10**5) == 27
+    assert programs(132, 2**13, 512, 10**5) == 8  # 1,024 pixels each
+    assert programs(132, 2**13, 512, 2**19) == 2  # half the 8 MiB of a hidden tensor
+    assert programs(132, 1, 512, 10**5) == 1
+    assert programs(132, 130, 512, 0) == 3  # one for each tile
 
 
 def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:

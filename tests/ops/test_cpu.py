@@ -3,6 +3,7 @@ with the references."""
 
 import math
 import os
+import random
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from cases import FLOW_OPERATORS, REBUILDING, learned, normal, options, sample
 from torch import Tensor
+from views import VIEWS
 
 from benchmarks.harness.inputs import params_shape, rotation
 from benchmarks.harness.table import Operator
@@ -113,46 +115,26 @@ def couple(y: Tensor, options: tuple[Any, ...]) -> object:
         (lambda: cpu.conv1x1(torch.zeros(2, 129), torch.eye(129)[None], torch.zeros(1, 129), None),
          "1 to 128 channels"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_loops_refuse_what_they_would_misread(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
 
 
-# Views of a state of (N, C, H, W), each in a layout that torch allows and no model uses.
-ODD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "samples expanded": lambda x: x[:1].expand(x.shape),
-    "channels expanded": lambda x: x[:, :1].expand(x.shape),
-    "pixels expanded": lambda x: x[:, :, :1, :1].expand(x.shape),
-    "one number": lambda x: x.new_tensor(0.5).expand(x.shape),
-    "every other": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 3)[::2, :, :, ::2],
-    "negated lazily": lambda x: torch.complex(x, x).conj().imag,
-    "strides of no use": lambda x: x.as_strided(x.shape, no_use(x)),
-}
-
-
-def no_use(x: Tensor) -> list[int]:
-    """The strides of x, with arbitrary ones for axes of length 1, which nothing uses."""
-    sizes = zip(x.shape, x.stride(), strict=True)
-    return [stride if length > 1 else 1000 + axis for axis, (length, stride) in enumerate(sizes)]
-
-
 ODD_SHAPES = [(2, 1, 16, 7), (2, 4, 3, 5), (1, 3, 1, 6), (3, 2, 1, 1), (0, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("of_gradient", ODD_VIEWS)
-@pytest.mark.parametrize("of_state", ODD_VIEWS)
+@pytest.mark.parametrize("of_gradient", dict.fromkeys(VIEWS), ids=lambda view: view.__name__)
+@pytest.mark.parametrize("of_state", dict.fromkeys(VIEWS), ids=lambda view: view.__name__)
 def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape):
     """The calls bypass the dispatcher, as layers do, so that nothing resolves the view first."""
-    c = shape[1]
-    x = dense_pixels(ODD_VIEWS[of_state](normal(*shape))).requires_grad_()
+    c, rng = shape[1], random.Random(0)
+    x = dense_pixels(of_state(normal(*shape), rng)).requires_grad_()
     weight, bias = rotation(c).requires_grad_(), normal(c).requires_grad_()
     calls = [(conv1x1_eager, (x, weight[None], bias[None], "tf32x3", None), conv1x1_ref)]
     if c > 1:
-        params = ODD_VIEWS[of_gradient](normal(*params_shape(shape))).requires_grad_()
+        params = of_gradient(normal(*params_shape(shape)), rng).requires_grad_()
         calls.append((coupling_eager, (x, params, *ScaleFunction("exp").args, False), None))
     for call, arguments, reference in calls:
         y, other = call(*arguments)
@@ -163,7 +145,7 @@ def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape):
         else:
             want = (conv1x1_ref(exact[0], exact[1][0], exact[2][0]),)
         outputs = (y, other)[: len(want)]
-        gradients = [ODD_VIEWS[of_gradient](normal(*shape)), normal(shape[0], 1)][: len(want)]
+        gradients = [of_gradient(normal(*shape), rng), normal(shape[0], 1)][: len(want)]
         got = torch.autograd.grad(outputs, leaves, gradients)
         wants = torch.autograd.grad(want, exact, [g.double() for g in gradients])
         for a, b in zip((*outputs, *got), (*want, *wants), strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from cases import DTYPES, FLOW_OPERATORS, SCALES
 from torch import Tensor
+from views import VIEWS, permuted
 
 from benchmarks.harness.inputs import params_shape, rotation
 from benchmarks.harness.table import Operator
@@ -44,54 +45,6 @@ def shape_of_a_state(rng: random.Random, channels: int) -> tuple[int, ...]:
             return shape
 
 
-# Each function returns a tensor of x's shape and dtype with another memory layout.
-
-
-def _permuted(x: Tensor, rng: random.Random) -> Tensor:
-    order = rng.sample(range(x.dim()), x.dim())
-    back = [order.index(axis) for axis in range(x.dim())]
-    return x.permute(order).contiguous().permute(back)
-
-
-def _expanded(x: Tensor, rng: random.Random) -> Tensor:
-    axis = rng.randrange(x.dim())
-    return x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
-
-
-def _one_number(x: Tensor, rng: random.Random) -> Tensor:
-    return x.flatten()[0].expand(x.shape) if x.numel() else x
-
-
-def _apart(x: Tensor, rng: random.Random) -> Tensor:
-    axis, step = rng.randrange(x.dim()), rng.choice((2, 3))
-    index = [slice(None)] * x.dim()
-    index[axis] = slice(None, None, step)
-    return x.repeat_interleave(step, axis)[tuple(index)]
-
-
-def _part_of_more(x: Tensor, rng: random.Random) -> Tensor:
-    axis = rng.randrange(x.dim())
-    before, after = (x.narrow(axis, 0, min(n, x.shape[axis])) for n in (1, 2))
-    return torch.cat([before, x, after], axis).narrow(axis, before.shape[axis], x.shape[axis])
-
-
-def _negated_lazily(x: Tensor, rng: random.Random) -> Tensor:
-    return torch.complex(x, x).conj().imag if x.dtype in (torch.float32, torch.float64) else x
-
-
-def _odd_strides(x: Tensor, rng: random.Random) -> Tensor:
-    """Change strides that nothing uses: those of axes of length 1, and all in an empty tensor."""
-    lengths = zip(x.shape, x.stride(), strict=True)
-    strides = [s if n > 1 and x.numel() else rng.randrange(2000) for n, s in lengths]
-    return x.as_strided(x.shape, strides)
-
-
-VIEWS: tuple[Callable[[Tensor, random.Random], Tensor], ...] = (
-    _permuted, _permuted, _expanded, _one_number, _apart, _part_of_more, _negated_lazily,
-    _odd_strides,
-)  # fmt: skip
-
-
 class Case:
     """The random draws of one case, and its description if it fails."""
 
@@ -108,7 +61,7 @@ class Case:
         made = self.rng.choices(VIEWS, k=self.rng.choice((0, 1, 1, 2))) if x.dim() else []
         for make in made:
             x = make(x, self.rng)
-        how = " ".join(make.__name__.removeprefix("_") for make in made)
+        how = " ".join(make.__name__ for make in made)
         self.notes.append(f"{name} {tuple(x.shape)} {x.dtype} {x.stride()} {how}")
         return x.detach()
 
@@ -264,7 +217,7 @@ def rotation_of(case: Case, channels: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.rng.randrange(2**31))
         weight = rotation(channels, torch.float64)
-    return _permuted(weight, case.rng)
+    return permuted(weight, case.rng)
 
 
 def run_masked_penalty(case: Case) -> None:

@@ -23,15 +23,17 @@ from mflow_kernels.ops import channel_products, coupling_network_launches
 from mflow_kernels.ops.actnorm import _actnorm_bwd_kernel
 from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.compiler import tl
-from mflow_kernels.ops.coupling import _coupling_fwd_kernel
 from mflow_kernels.ops.coupling_conv1x1 import launch_coupling_conv1x1_backward
+from mflow_kernels.ops.coupling_kernels import _coupling_fwd_kernel
 from mflow_kernels.ops.coupling_network_kernels import _network_kernel
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels, strides
 from mflow_kernels.ops.logdet import _accumulate_kernel
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
     _rebuild_conv1x1_wide_kernel,
 )
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import tile_columns
 from mflow_kernels.ops.written import written_arguments
@@ -140,6 +142,33 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, op, device):
     for a, b in zip(fake, real, strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
         assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rebuilding_fake_tensors_launches_nothing(monkeypatch, device):
+    refuse_cuda(monkeypatch)
+    with FakeTensorMode():
+        half = torch.empty(4, 6, 8, 8, device=device).to(memory_format=torch.channels_last)
+        params = torch.empty(4, 12, 8, 8, device=device).to(memory_format=torch.channels_last)
+        dlogdet, bias = torch.empty(4, device=device), torch.empty(12, device=device)
+        weight = torch.empty(12, 12, device=device)
+        b = rebuild_coupling(half, half, dlogdet, params, scale=ScaleFunction(), inverse=False)
+        found = rebuild_conv1x1(
+            y=(half, b.y_b),
+            dy=(half, b.dy_b),
+            dnet=None,
+            weight=weight,
+            weight_inverse=weight,
+            bias=bias,
+            net_dtype=None,
+            channels_last=True,
+            separate_halves=True,
+            outer_sum=torch.empty(1, 12, 12, device=device),
+            dbias=torch.empty(1, 12, device=device),
+        )
+    for y in (*found.x, *found.dx):
+        assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
+    assert (b.dparams.shape, b.dparams.stride()) == (params.shape, params.stride())
 
 
 def launch_a_network(x, weight, precision):

@@ -61,8 +61,6 @@ BAD = {
     "mask dtype": (TypeError, r"mask: .*bool.*got int64", {"mask": ONES.long()}),
     "mask type": (TypeError, r"mask: expected a torch.Tensor, got bool", {"mask": True}),
     "mask shape": (ValueError, r"mask: .*broadcasts.*got \(2,\)", {"mask": torch.ones(2)}),
-    "mask axes": (ValueError, r"mask: .*broadcasts", {"mask": torch.ones(1, 2, 3, 4, 4)}),
-    "mask wider": (ValueError, r"mask: .*broadcasts", {"mask": torch.ones(5, 3, 4, 4)}),
     "mask device": (ValueError, r"mask: .*cpu, got meta", {"mask": ONES.to("meta")}),
     "mask learned": (ValueError, r"mask: .*constant", {"mask": ONES.clone().requires_grad_()}),
     "weight learned": (ValueError, r"weight: .*const", {"weight": ONES.clone().requires_grad_()}),
@@ -71,15 +69,12 @@ BAD = {
     "weight type": (TypeError, r"weight: expected a number or", {"weight": "1"}),
     "weight bool": (TypeError, r"weight: expected a number or", {"weight": True}),
     "weight sign": (ValueError, r"weight: .*got -1", {"weight": -1}),
-    "weight nan": (ValueError, r"weight: .*got nan", {"weight": math.nan}),
     "weight inf": (ValueError, r"weight: .*got inf", {"weight": math.inf}),
     "weights sign": (ValueError, r"weight: .*from -1.0 to -1.0", {"weight": -ONES}),
-    "weights nan": (ValueError, r"weight: .*from nan", {"weight": ONES * math.nan}),
     "weights inf": (ValueError, r"weight: .*to inf", {"weight": ONES * math.inf}),
     "rho": (ValueError, rf"rho: expected one of {', '.join(RHOS)}, got 'l3'", {"rho": "l3"}),
     "delta type": (TypeError, r"delta: expected a number, got str", {"delta": "1"}),
     "delta 0": (ValueError, r"delta: .*got 0", {"delta": 0}),
-    "delta nan": (ValueError, r"delta: .*got nan", {"delta": math.nan}),
 }
 
 

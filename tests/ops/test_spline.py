@@ -157,10 +157,8 @@ def test_identity(inverse, device):
 
 BAD = [
     ({"bins": 1}, ValueError, "bins: expected 2 to 64, got 1"),
-    ({"bins": 65}, ValueError, "bins: expected 2 to 64, got 65"),
     ({"bins": 8.0}, TypeError, "bins: expected a whole number, got float"),
     ({"bound": 0.0}, ValueError, "bound: expected a positive number, got 0.0"),
-    ({"bound": math.inf}, ValueError, "bound: expected a positive number, got inf"),
     ({"bound": (1.0, 1.0)}, ValueError, "bound: expected low < high, got"),
     ({"bound": (1.0, 2.0, 3.0)}, ValueError, r"bound: expected a number or \(low, high\), got"),
     ({"bound": "3"}, TypeError, "bound: expected a number, got str"),
@@ -169,7 +167,6 @@ BAD = [
     ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
     ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),
     ({"min_slope": 0.0}, ValueError, "min_slope: expected between 0 and 1, got 0.0"),
-    ({"min_slope": math.nan}, ValueError, "min_slope: expected between 0 and 1, got nan"),
     ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
     ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
 ]

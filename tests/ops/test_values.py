@@ -11,6 +11,7 @@ from cases import (
     IMAGES,
     LAYOUTS,
     LONG_SHAPES,
+    PARTED_SHAPES,
     SCALES,
     SHAPES,
     assert_matches,
@@ -40,7 +41,7 @@ every_other = pytest.mark.parametrize(
 
 
 @every
-@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES + PARTED_SHAPES, ids=str)
 def test_shapes(op, shape, device):
     if "weight" in op.inputs and shape[1] > 130:
         pytest.skip("as 130 channels, and slow")

@@ -79,7 +79,7 @@ class TestExport:
             assert torch.equal(model.project(x), whole.project(x))
             assert torch.equal(model.stages[0].encode(x), whole.stages[0].encode(x))
         assert all(p.requires_grad for p in model.parameters())
-        files = {"model.safetensors", "model.json", "README.md"}
+        files = {"model.safetensors", "model.json", "README.md", "samples.png"}
         assert {f.name for f in exported.iterdir()} == files
         weights, description = (exported / name for name in ("model.safetensors", "model.json"))
         assert weights.stat().st_mode == description.stat().st_mode  # both as the umask allows
@@ -108,6 +108,7 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
         bits = evaluation["stages"][-1]["bits_per_dim"]
         assert f"| bits per dimension | {bits:.3f} |" in card
         assert f"On {evaluation['images']} held-out image" in card
+        assert "![Samples](samples.png)" in card
         assert f"of {config.data_name}: 8x8, grey, 8 bits" in card
         assert str(Path(config.data).parent) not in card  # a path of this machine
         code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
@@ -125,4 +126,6 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
         damaged.write_text('{"stages": []}')
         config = read_config(trained)
         for path in (tmp_path / "absent", damaged):
-            assert "None yet: `mflow evaluate` computes them." in model_card(config, 7, None, path)
+            card = model_card(config, 7, None, path, samples=False)
+            assert "None yet: `mflow evaluate` computes them." in card
+            assert "](samples.png)" not in card

@@ -1,9 +1,12 @@
 """Run folders: the images that a run records, locks, and what an interrupted run repeats."""
 
+import dataclasses
 import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation.likelihood import held_out_images
-from mflow_kernels.runs.folder import load_run
+from mflow_kernels.runs.folder import changed_options, load_run, read_config, record_changes
 from mflow_kernels.training.cli import main
 
 
@@ -60,6 +63,25 @@ class TestData:
             "has no images.csv: the model may have been trained on these images"
             in capsys.readouterr().err
         )
+
+
+class TestChanges:
+    """Options that change when a run resumes."""
+
+    def test_each_resume_adds_its_own(self, run):
+        for step, budget in ((6, 5), (8, 7)):
+            config = read_config(run)
+            wanted = dataclasses.replace(config, max_steps=budget)
+            record_changes(run, wanted, changed_options(wanted, config), step)
+        rows = ["step,option,before,after", "6,max_steps,3,5", "8,max_steps,5,7"]
+        assert (run / "changes.csv").read_text().splitlines() == rows
+        assert read_config(run).max_steps == 7
+
+    @pytest.mark.parametrize("change", [{"width": 16}, {"classes": "labels"}, {"image_size": None}])
+    def test_data_and_model_stay(self, change, trained):
+        config = read_config(trained)
+        with pytest.raises(ValueError, match=f"^{next(iter(change))}: cannot change on resume"):
+            changed_options(dataclasses.replace(config, **change), config)
 
 
 class TestPlan:
@@ -206,3 +228,20 @@ class TestTwoProcesses:
             path.write_text("")
         remove_temporary(tmp_path)
         assert listing(tmp_path) == [running.name]
+
+
+def test_help_is_there_without_docstrings():
+    """Python removes them under PYTHONOPTIMIZE=2."""
+    texts = []
+    for level in ("0", "2"):
+        code = "from mflow_kernels.training.cli import main; main(['train', '--help'])"
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONOPTIMIZE": level},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        texts.append(found.stdout)
+    assert "Mirror each image left to right" in texts[1]
+    assert texts[0] == texts[1]

@@ -213,13 +213,6 @@ class TestExports:
         assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
         return tmp_path / "export"
 
-    @pytest.mark.pictures
-    def test_samples_are_those_of_the_run(self, run, export, capsys):
-        for folder in (run, export):
-            assert main(["sample", str(folder), "--number", "5"]) == 0
-        name = "samples-T1-seed0.png"
-        assert (run / name).read_bytes() == (export / name).read_bytes()
-
     def test_figures_are_those_of_the_run(self, run, export, tmp_path, capsys):
         other = str(write_images(tmp_path / "other", count=4, seed=5))
         figures = []

@@ -13,7 +13,7 @@ from mflow_kernels.training import graphs
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 from training.spies import spy
-from training.stopped_runs import assert_same_run, train_until
+from training.stopped_runs import assert_same_run
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,6 @@ def test_a_run_with_graphs_is_the_run_without(options, command, tmp_path, fake_c
     assert main(command) == 0
     assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (2, 6, 6)
     assert_same_run(tmp_path / "run", without)
-
-
-def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypatch, capsys):
-    command += ["--weight", "variance"]
-    assert main(command) == 0
-    whole = (tmp_path / "run").rename(tmp_path / "whole")
-    train_until(4, [*command, "--save-steps", "1"], monkeypatch, "optimizer_step")
-    assert main([*command, "--resume"]) == 0
-    assert "continuing from step 4 of 6, in stage 2\n" in capsys.readouterr().err
-    assert_same_run(tmp_path / "run", whole)
 
 
 def test_two_ranks_train_as_without(command, tmp_path, fake_capture):

@@ -61,8 +61,8 @@ class FusedModule(FusedLayers):
     ) -> tuple[tuple[Tensor], Tensor]:
         if self.sequence.supports(x[0], rev):
             z, log_det = self.sequence(x[0], tuple(c), inverse=rev)
-            return (z,), log_det.expand(len(z))
-        total = torch.zeros(len(x[0]), dtype=x[0].dtype, device=x[0].device)
+            return (z,), log_det.expand(z.shape[0])
+        total = torch.zeros(x[0].shape[0], dtype=x[0].dtype, device=x[0].device)
         pairs = list(zip(self.layers, self.conditions, strict=True))
         for layer, chosen in reversed(pairs) if rev else pairs:
             named = {"c": [c[i] for i in chosen]} if chosen else {}
@@ -123,7 +123,7 @@ def _sequence_forward(
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
     developed = hasattr(Ff.SequenceINN, "__setitem__")
-    log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if developed else 0
+    log_det: Any = torch.zeros(x[0].shape[0], device=x[0].device) if developed else 0
     for module, chosen, _ in reversed(fused.items) if rev else fused.items:
         named = {} if chosen is None else {"c": [c[i] for i in chosen]}
         x, j = module(x, jac=jac, rev=rev, **named)
@@ -203,7 +203,7 @@ class _FusedNetwork(NamedTuple):
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "module": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(len(z))))},
+    "module": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(z.shape[0])))},
     "scalar": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det))},
     "nice": {"forward": _layer_forward(lambda z, log_det: ((z,), 0.0))},
     "rotation": {"forward": _layer_forward(lambda z, log_det: ([z], 0.0))},
@@ -279,7 +279,7 @@ class FreiaAdapter(Adapter):
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
 
-    def why_left(self, layer: nn.Module) -> str:
+    def why_left(self, layer: Any) -> str:
         if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
         if len(layer.dims_in) > 1:
