@@ -143,7 +143,7 @@ part environment 20 python3 -m mflow_kernels.env
 part build 90 "${build[@]}"
 together tests 120 "$(shards -m gpu "${tests[@]}")"
 together check 80 "$checks"
-bench models 90 models.py layers.py interop.py
+bench models 90 models.py layers.py interop.py sequences.py
 bench ops 60 ops.py
 bench ceilings 150 training.py ceilings.py
 results=("$out"/parts/*.json)

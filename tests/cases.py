@@ -217,7 +217,7 @@ def sample(
 def skip_if_slow(op: Operator, shape: tuple[int, ...]) -> None:
     """Skip splines of many elements in interpreters, which take seconds for each. Their tiles are
     those of the other elementwise operators."""
-    if KERNELS_ON_CPU and "numbers" in op.inputs and math.prod(shape) > 300:
+    if KERNELS_ON_CPU and {"numbers", "numbers_b"} & {*op.inputs} and math.prod(shape) > 300:
         pytest.skip("slow in interpreters")
 
 

@@ -95,6 +95,8 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in prepares}
     collected = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # collections between rounds would take tenths of a second for older objects
     try:
         names = deque(prepares)
         for _ in range(rounds):
@@ -105,6 +107,7 @@ def interleaved(
             names.rotate(-1)
             gc.collect()
     finally:
+        gc.unfreeze()
         if collected:
             gc.enable()
     return taken

@@ -81,9 +81,8 @@ def describe_work(run: Trained, images: ImageSet, options: ReportOptions) -> str
     others = [len(other) for _, other in options.others]
     # The evaluated images, their negatives and uniform noise, then the other sets.
     scored = sum(min(SCORED_IMAGES, number) for number in (count, count, count, *others))
-    # The projection of each stage takes two passes. Terms, encoding and penalty of stage 1 take
-    # one each.
-    lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (2 * stages + 3))]
+    # The projection of each stage takes a pass, and so do terms, encoding and penalty of stage 1.
+    lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (stages + 3))]
     if options.draws > 1:
         lines.append(_work(f"{options.draws} dequantizations of each", count * options.draws))
     if options.features is not None:

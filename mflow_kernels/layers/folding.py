@@ -57,9 +57,10 @@ def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) ->
     permutation, lower, upper, sign, log_diagonal = zip(
         *(m.conv.factors() for m in maps), strict=True
     )
-    zeros = torch.zeros_like(log_diagonal[0])
-    log_scale = [zeros if m.actnorm is None else m.actnorm.log_scale for m in maps]
-    bias = [zeros if m.actnorm is None else m.actnorm.bias for m in maps]
+    norms = [m.actnorm for m in maps]
+    zeros = [torch.zeros_like(log_diagonal[0])] if None in norms else []
+    log_scale = [zeros[0] if norm is None else norm.log_scale for norm in norms]
+    bias = [zeros[0] if norm is None else norm.bias for norm in norms]
     factors = permutation, sign, lower, upper, log_diagonal, log_scale, bias
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))

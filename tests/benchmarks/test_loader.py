@@ -23,4 +23,4 @@ def test_a_prepared_file_and_a_run_are_measured(trained, tmp_path, monkeypatch, 
 
     path, images = tmp_path / "large", np.zeros((3, 1, 1100, 1100), np.uint8)
     images.tofile(path)  # larger than the listed sizes
-    assert loader.measure(path, images, torch.device("cpu"))[:2] == ("1x1100x1100", 1)
+    assert loader.measure(path, images, torch.device("cpu"))[:2] == ["1x1100x1100", 1]

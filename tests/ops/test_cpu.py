@@ -115,7 +115,6 @@ def couple(y: Tensor, options: tuple[Any, ...]) -> object:
         (lambda: cpu.conv1x1(torch.zeros(2, 129), torch.eye(129)[None], torch.zeros(1, 129), None),
          "1 to 128 channels"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_loops_refuse_what_they_would_misread(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
