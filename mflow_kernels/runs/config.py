@@ -117,7 +117,7 @@ class TrainConfig(
             for o in fields(Stage)
             if o.name not in ("dim", "components")
         }
-        flows = [Stage(dim=self.manifold_dim, **image)]
+        flows = [Stage(dim=self.manifold_dim, components=1, **image)]
         left = {name: image[name] for name in ("domain", "rho", "sigma", "learning_rate", "epochs")}
         left["weight"] = "variance" if self.weight == "variance" else 1.0
         for stage in self.stages:

@@ -219,7 +219,7 @@ def test_further_flows_have_values_of_their_own_or_those_of_the_image_flow():
         (64, 4, "huber", "data", 2e-2, 1.0, 7.0, 0.1),
         # u has unit variance, which neither the weight nor the delta of images fits.
         (32, 3, "l1", "latent", 0.03, 2.0, 1.0, 2.0),
-        (32, 12, "huber", "data", 2e-2, 1.0, 1.0, 2.0),
+        (32, 6, "huber", "data", 2e-2, 1.0, 1.0, 2.0),
     ]
     assert TrainConfig(weight="variance").flows[1].weight == "variance"
     assert TrainConfig(stages=[StageOptions(weight=3.0)], weight="variance").flows[1].weight == 3.0
