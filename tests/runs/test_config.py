@@ -113,7 +113,7 @@ class TestFilesOfEarlierVersions:
         return RunConfig.from_yaml(yaml.safe_dump(values), "config.yaml")
 
     def test_each_list_has_one_value_for_all_or_one_each_or_none(self):
-        shared = StageOptions(coupling="affine", components=1, steps=3, max_steps=5, learning_rate=None)
+        shared = StageOptions(components=1, steps=3, max_steps=5, learning_rate=None)
         assert self.read().stages == [
             dataclasses.replace(shared, dim=32, width=8, rho="l1"),
             dataclasses.replace(shared, dim=16, width=9, rho="huber"),
