@@ -272,7 +272,7 @@ def _first_phase(model: HierarchicalFlow, share: float, loss: Loss) -> Phase:
 
 
 def _prior_phase(model: HierarchicalFlow | Autoencoder, share: float) -> Phase:
-    prior = model.prior if isinstance(model, Autoencoder) else model.stages[1]
+    prior = model.prior_flow if isinstance(model, Autoencoder) else model.stages[1]
     assert isinstance(prior, ManifoldFlow)
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ class Autoencoder(Chart):
                     f"prior: expected a flow from {manifold_dim} to {manifold_dim} dimensions, "
                     f"got one from {tuple(prior.input_shape)} to {prior.manifold_dim}"
                 )
-        self.encoder, self.decoder, self.prior = encoder, decoder, prior
+        self.encoder, self.decoder, self.prior_flow = encoder, decoder, prior
         self.input_shape, self.manifold_dim = input_shape, manifold_dim
 
     def encode(
@@ -76,14 +76,14 @@ class Autoencoder(Chart):
     ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
         code = self.encoder(x, *given(context, x, self.encoder))
-        prior = None if stages == 1 else self.prior
+        prior = None if stages == 1 else self.prior_flow
         return code if prior is None else prior.encode(code, context=context)
 
     def decode(
         self, u: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
-        prior = None if stages == 1 else self.prior
+        prior = None if stages == 1 else self.prior_flow
         code = u if prior is None else prior.decode(u, context=context)
         return self.decoder(code, *given(context, code, self.decoder))
 
@@ -256,7 +256,7 @@ def _squared_error(x: Tensor, other: Tensor) -> Tensor:
 def _log_prior(model: Model, code: Tensor) -> Tensor:
     """Return log p(code) (N,) under the prior flow, or under N(0, I) if there is none."""
     if isinstance(model, Autoencoder):
-        priors = [] if model.prior is None else [model.prior]
+        priors = [] if model.prior_flow is None else [model.prior_flow]
     else:
         priors = cast(list[ManifoldFlow], list(model.stages)[1:])
     if not priors:

@@ -25,20 +25,21 @@ class Chart(nn.Module, Model):
 
     input_shape: tuple[int, ...]
     manifold_dim: int
-    prior: GaussianMixture | None  # p(u); None stands for N(0, I)
+    prior: GaussianMixture | None  # p(u); without this attribute, or with None, N(0, I)
 
     def coordinates_log_prob(self, u: Tensor) -> Tensor:
         """Return log p(u) (N,) of coordinates u (N, d), in nats."""
-        return -normal_score(u) if self.prior is None else self.prior.log_prob(u)
+        prior = getattr(self, "prior", None)
+        return -normal_score(u) if prior is None else prior.log_prob(u)
 
     def sample_coordinates(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw u (n, d) from p(u). The temperature scales its deviation from the mean, of N(0, I)
         or of each component of a mixture."""
-        if self.prior is None:
+        if (prior := getattr(self, "prior", None)) is None:
             return sample_normal(self, (n, self.manifold_dim), temperature, generator)
-        return self.prior.sample(n, temperature=temperature, generator=generator)
+        return prior.sample(n, temperature=temperature, generator=generator)
 
     def encode(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""

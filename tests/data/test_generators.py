@@ -6,7 +6,7 @@ def test_numbers_of_streams_never_change():
     names = [
         *("DATA_ORDER", "TRAINING_NOISE", "VALIDATION_NOISE", "EVALUATION_NOISE", "SAMPLES"),
         *("OOD_NOISE", "UNIFORM_IMAGES", "REPORT_NOISE", "REPORT_SAMPLES"),
-        "MISSING_PIXELS",
+        *("MISSING_PIXELS", "FIRST"),
     ]
     assert {stream.name: stream.value for stream in Stream} == {n: i for i, n in enumerate(names)}
     assert stream_generator(3, Stream.TRAINING_NOISE, 7).initial_seed() == 2219947408961387175

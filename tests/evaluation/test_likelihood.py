@@ -114,7 +114,7 @@ class TestScores:
         x = dequantize(images, 8, stream_generator(0, Stream.OOD_NOISE))
         u = loaded.model.encode(x)
         log_prob = loaded.model.manifold_log_prob(x).value
-        volume = -(u.square() / 2 + math.log(2 * math.pi) / 2).sum(1) - log_prob
+        volume = loaded.model.coordinates_log_prob(u) - log_prob
         difference = (found["ood_score"] - found["latent_score"]).tolist()
         assert difference == pytest.approx(volume.tolist(), rel=1e-4, abs=1e-3)
         dimension = local_dimension(loaded.model, x, 0.1).value.double()

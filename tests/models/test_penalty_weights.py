@@ -183,6 +183,7 @@ class OneParameter(nn.Module):
 
     input_shape = (2,)
     latent_shapes = ((2,),)
+    prior = None
 
     def __init__(self) -> None:
         super().__init__()
