@@ -3,11 +3,14 @@
     mflow train --run-dir runs/default
     pytest benchmarks/bench_models.py --benchmark-only --clock process \\
         -k "K32 and W64 and train and 3x32x32" --benchmark-json docs/pictures/training_step.json
+    pytest benchmarks/bench_splines.py --benchmark-only --clock process --rounds 15 -k train \\
+        --benchmark-json docs/pictures/spline_step.json
     python -m benchmarks.readme_pictures runs/default
 
-The first command trains the default run. The second one measures a training step of every package;
-it is only needed for new figures. The third one draws docs/pictures/*.png from both, and
-frontier.png from the tables of docs/manifold_recovery.md and docs/manifold_tables.md.
+The first command trains the default run. The next two measure a training step of every package,
+of Glow and of a spline flow; they are only needed for new figures. The last one draws
+docs/pictures/*.png from all of these, and frontier.png from the tables of docs/manifold_recovery.md
+and docs/manifold_tables.md.
 """
 
 import re
@@ -38,6 +41,7 @@ from mflow_kernels.runs.folder import Run, load_run
 DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = DOCS / "pictures"
 RESULTS = PICTURES / "training_step.json"
+SPLINES = PICTURES / "spline_step.json"
 BASE = "plain"
 LABELS = {  # the variants that are drawn, and their names in the picture
     "mflow_kernels, reversible": "mflow_kernels, reversible",
@@ -107,6 +111,33 @@ def draw_comparison(saved: Runs, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+def draw_splines(saved: Runs, path: Path) -> None:
+    """Draw the time of a spline flow's training step in each library, one panel for each size."""
+    groups = list(dict.fromkeys(row.group for row in saved.rows))
+    figure = Figure(figsize=(8.6, 3.1), dpi=100, facecolor="white", layout="constrained")
+    figure.suptitle("A training step of the same spline flow, time relative to nflows", fontsize=11)
+    for axes, group in zip(figure.subplots(1, len(groups), sharey=True), groups, strict=True):
+        rows = {row.variant: row for row in saved.rows if row.group == group}
+        rows = {name: row for name, row in rows.items() if "form" not in name}
+        times = [ratio(row, rows["nflows"])[0] for row in rows.values()]
+        own = [name.startswith(("mflow_kernels", "accelerated")) for name in rows]
+        bars = axes.barh([*rows], times, color=["C0" if mine else "0.7" for mine in own])
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.set_title(group.removeprefix("spline flow, train, "), fontsize=9)
+        axes.set_xlim(0, 1.2 * max(times))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    axes.invert_yaxis()  # the panels share this axis
+    machine = saved.environments[0]
+    figure.supxlabel(
+        "Six rational-quadratic couplings with 8 bins, float32. Blue: this package.\n"
+        f"{machine['device']}, {machine['threads']} thread, "
+        f"{machine['clock']}, {saved.commands[0]['datetime'][:10]}",
+        fontsize=7.5, color="0.3",
+    )  # fmt: skip
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 def draw_run(run: Run, path: Path) -> None:
     """Draw held-out images of a run, their projections on the manifold, and samples."""
     images = held_out_images(run, None)[0].batch(range(SAMPLES))
@@ -151,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder for the PNG files")
     options = parser.parse_args(arguments)
     draw_comparison(runs(merged([RESULTS])), options.out / "comparison.png")
+    draw_splines(runs(merged([SPLINES])), options.out / "splines.png")
     run = load_run(str(options.run), "cpu")
     draw_run(run, options.out / "digits.png")
     draw_uses(run, options.out / "uses.png")

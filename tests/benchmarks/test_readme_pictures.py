@@ -4,9 +4,18 @@ import pytest
 from PIL import Image
 
 from benchmarks import readme_pictures
-from benchmarks.harness.saved_runs import merged, runs
+from benchmarks.harness.saved_runs import merged, ratio, runs
 from benchmarks.manifold.pictures import draw_frontier, frontier_of_tables
-from benchmarks.readme_pictures import DOCS, RESULTS, bars, draw_comparison, draw_run, draw_uses
+from benchmarks.readme_pictures import (
+    DOCS,
+    RESULTS,
+    SPLINES,
+    bars,
+    draw_comparison,
+    draw_run,
+    draw_splines,
+    draw_uses,
+)
 from mflow_kernels.runs.folder import load_run
 
 
@@ -37,13 +46,25 @@ def test_the_readme_names_the_figures_of_its_picture():
         f"a reversible training step takes {time:.2f} of plain PyTorch's time and about a fifth of "
         f"its memory; with stored activations it takes {stored:.2f} of the time."
     )
-    assert sentence in " ".join((DOCS.parent / "README.md").read_text().split())
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert sentence in readme
+    splines = runs(merged([SPLINES])).rows
+    shares = {name: [] for name in ("mflow_kernels", "accelerated nflows")}
+    for name, found in shares.items():
+        for row in splines:
+            if row.variant == name:
+                (base,) = (r for r in splines if (r.group, r.variant) == (row.group, "nflows"))
+                found.append(ratio(row, base)[0])
+    ends = [f"{end:.2f}" for found in shares.values() for end in (min(found), max(found))]
+    assert ends == ["0.22", "0.56", "0.25", "0.56"]
+    assert "takes 0.22 to 0.56 of nflows' time, and 0.25 to 0.56 if `accelerate`" in readme
 
 
 def test_pictures_are_written(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(readme_pictures, "SAMPLES", 2)
     monkeypatch.setattr(readme_pictures, "MISSING", ("half",))
     draw_comparison(runs(merged([RESULTS])), tmp_path / "comparison.png")
+    draw_splines(runs(merged([SPLINES])), tmp_path / "splines.png")
     run = load_run(str(trained), "cpu")
     draw_run(run, tmp_path / "digits.png")
     draw_uses(run, tmp_path / "uses.png")
@@ -51,7 +72,7 @@ def test_pictures_are_written(tmp_path, trained, monkeypatch):
     assert {len(found) for found in rows.values()} == {17}  # as the README says
     draw_frontier(tmp_path / "frontier.png", rows, others)
     pictures = list(tmp_path.iterdir())
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for path in pictures:
         with Image.open(path) as picture:
             assert picture.width > 600
