@@ -1,4 +1,4 @@
-"""MkDocs hooks: what is valid on GitHub also becomes valid on the site.
+"""MkDocs hooks that adapt pages written for GitHub to the site.
 
 Some files outside docs/ are pages of the site too (`PAGES`), among them the notebooks with their
 outputs. A relative link to a page or picture becomes a link inside the site. A link to any other

@@ -148,7 +148,7 @@ def masked_chain(published: Decoder, size: Size) -> ReversibleChain:
                 weight_norm(convolution)
             for convolution, theirs in zip(own, block.convolutions, strict=True):
                 convolution.load_state_dict(theirs.state_dict())
-            for parameter in own[-1].parameters():  # theirs returns the shift first
+            for parameter in own[-1].parameters():  # published: shift first
                 parameter.copy_(parameter.roll(size.mels, 0))
     return chain
 

@@ -29,8 +29,8 @@ def plain_module(
 ) -> torch.fx.GraphModule:
     """Return a module of torch's operators that computes the same as a model, without gradients.
 
-    What depends on weights only, such as the inverses of 1x1 convolutions, is computed once and
-    becomes a constant. `torch.onnx.export` and `torch.export` take the result.
+    Values that depend on weights only, such as the inverses of 1x1 convolutions, are computed once
+    and become constants. `torch.onnx.export` and `torch.export` take the result.
 
     Args:
         model: a module on a CPU, in eval mode.

@@ -1,4 +1,4 @@
-"""The kernels of affine couplings, and the parts of them that other kernels share.
+"""Kernels of affine couplings, and functions that they share with other kernels.
 
 Tiles are named as in the formula of `coupling.py`, with the suffix `_t`.
 """

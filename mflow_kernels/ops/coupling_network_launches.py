@@ -57,7 +57,7 @@ def rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-# What launches derive from a network's sizes. Each is computed once, because a step of flow makes
+# Constants of launches, derived from a network's sizes. They are cached: a step of flow makes
 # seven of these launches and the GPU may wait for the host.
 Constants = dict[str, Any]
 

@@ -316,7 +316,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _form(tree: Any) -> Any:
-    """What the form of an operator's results depends on in its arguments, or that of a result."""
+    """Return shapes, strides, dtypes and devices in a tree of arguments or results, as a key."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype, tree.device
     if isinstance(tree, list | tuple):

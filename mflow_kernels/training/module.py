@@ -226,7 +226,7 @@ class FlowTraining(LightningModule):
         noise = stream_generator(seed, Stream.FIRST, stage, 1, device=self.device)
         u, classes = [], []
         for rows in drawn[:_FITTED_IMAGES].sort().values.split(self._config.part_size):
-            x = dequantize(train.batch(rows).to(self.device), self._config.n_bits, noise)
+            x = self._as_data(train.batch(rows).to(self.device), noise)
             own = None if train.classes is None else train.classes[rows].to(self.device)
             with self._autocast():
                 u.append(self.model.encode(x, stages=stage, context=own))
@@ -423,10 +423,14 @@ class FlowTraining(LightningModule):
             self._config.seed, stream, self.global_step, device=self.device
         )
         images, classes = images_and_classes(batch)
+        x = self._rank_share(self._as_data(images, generator))
+        return x, None if classes is None else self._rank_share(classes)
+
+    def _as_data(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return training images as data, mirrored at random if the configuration says so."""
         if self._config.flips:
             images = flip_at_random(images, generator)
-        x = self._rank_share(dequantize(images, self._config.n_bits, generator))
-        return x, None if classes is None else self._rank_share(classes)
+        return dequantize(images, self._config.n_bits, generator)
 
     def _rank_share(self, x: Tensor) -> Tensor:
         """Return the images of a batch that this rank computes."""

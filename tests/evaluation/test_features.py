@@ -135,7 +135,7 @@ def test_weights_of_another_network(name, text, resnet):
         load_feature_network(name, resnet)
 
 
-# What a file holds: nothing, bytes, or what torch.save stores, and the words that refuse it.
+# Contents of a file (none, bytes, or an object for torch.save), and words of the refusal.
 BAD_WEIGHTS = [
     (None, "found none at"),
     (b"no weights", "of tensors in .*, but "),

@@ -44,7 +44,7 @@ def couplings(layers=4, **block):
 
 
 def couplings_of_3():
-    """Of an odd number of channels, in both directions."""
+    """Return couplings of three channels, in both directions."""
     flows = [
         nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 2])),
         nf.flows.AffineCouplingBlock(nf.nets.MLP([1, 8, 4]), split_mode="channel_inv"),

@@ -65,7 +65,7 @@ def pixel_coupling(by: str, channels: int, dims: int) -> list[nn.Module]:
 Layers = Callable[[], list[nn.Module]]
 IMAGE, TOKENS, VECTOR = (2, 4, 4, 4), (2, 4, 6), (3, 4)
 
-# Layers that users bring, each alone in a chain; some of them are no `Bijection`.
+# Layers that users bring, each alone in a chain; some are not subclasses of `Bijection`.
 USERS: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "user's leaky ReLU": (lambda: [LeakyReLU()], IMAGE),
     "user's ViT coupling": (lambda: [TokenCoupling(4)], TOKENS),

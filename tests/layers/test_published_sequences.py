@@ -33,7 +33,7 @@ def parameters(layers: list[Any]) -> list[Tensor]:
 
 def published_gradients(block: Block, layers: list[Any]) -> list[Tensor]:
     """The gradients of the block's parameters, by the chain rule as those of our `parameters`:
-    ours scale x + bias, and factor the weight."""
+    our actnorm scales x + bias, and our 1x1 convolution factors its weight."""
     conv, scale = layers[1], block.logs.exp()
     dbias, dlogs = block.bias.grad, block.logs.grad
     own = [(dlogs + block.bias * dbias).flatten(), (scale * dbias).flatten()]  # type: ignore[operator]

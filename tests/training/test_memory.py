@@ -217,7 +217,7 @@ def stored_jet(shape):
     ],
 )
 def test_the_predicted_peak_of_other_flows_is_the_measured_one(build, shape, domain):
-    """No line of the account knows these flows, and the command line lacks most of them."""
+    """The account has no code for these flows, and the command line lacks most of them."""
 
     def model():
         objective = ManifoldObjective(domain, "l2", 10.0)
