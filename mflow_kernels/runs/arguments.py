@@ -145,10 +145,10 @@ def add_options(parser: ArgumentParser) -> None:
             for option in dataclasses.fields(options)
             if isinstance(_default(option), bool | list) or option.name in ("classes", "init_from")
         }
-        parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
+        help_text = with_docstring(options).__doc__ or ""
+        options.__doc__ = help_text.replace("{named_datasets}", _named_datasets())
+        parser.add_class_arguments(options, as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
-        for action in group._group_actions:
-            action.help = (action.help or "").replace("{named_datasets}", _named_datasets())
         texts = argument_texts(options)
         types = get_type_hints(options)
         for name, option in by_hand.items():

@@ -31,7 +31,7 @@ from mflow_kernels.runs.folder import (
     read_manifest,
 )
 from mflow_kernels.training.callbacks import read_metrics
-from mflow_kernels.training.module import parameter_groups
+from mflow_kernels.training.coupling_networks import parameter_groups
 from mflow_kernels.training.schedule import Schedule
 
 

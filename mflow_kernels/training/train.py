@@ -24,8 +24,9 @@ from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_
 from mflow_kernels.training.checkpoints import CheckpointFiles, Checkpoints
 from mflow_kernels.training.checks import CheckedRun, Loaded
 from mflow_kernels.training.conditions import singular_means_divergence
+from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import FlowTraining, compile_networks
+from mflow_kernels.training.module import FlowTraining
 
 
 def train_and_evaluate(run: CheckedRun) -> list[Path]:

@@ -25,7 +25,7 @@ from mflow_kernels.runs.folder import (
 )
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import parameter_groups
+from mflow_kernels.training.coupling_networks import parameter_groups
 
 DEEP = 100_000
 BYTES = {

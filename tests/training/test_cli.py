@@ -24,7 +24,8 @@ from mflow_kernels.layers import SplineCoupling
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import FlowTraining, parameter_groups
+from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.module import FlowTraining
 from training.stopped_runs import assert_same_run, exit_code, start, train_until
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")

@@ -15,8 +15,9 @@ from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
+from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.guard import StepGuard
-from mflow_kernels.training.module import FlowTraining, compile_networks
+from mflow_kernels.training.module import FlowTraining
 from training.spies import spy
 from training.stopped_runs import assert_same_run, train_until
 
