@@ -102,6 +102,7 @@ def inception(tmp_path_factory):
 
 class TestInception:
     def test_its_features_are_those_of_torchmetrics(self, inception):
+        pytest.importorskip("torch_fidelity", reason="needs the extra test-all")
         network = load_feature_network("inception", inception)
         expected = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
         images = pixels(2, 3, 64, 64)
