@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from own_process import ROOT, run_python
 
 # Importing the report turns off Triton's interpreter, so this runs in a process of its own.
@@ -50,6 +51,7 @@ def test_rules(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_no_launch_is_above_its_recorded_figures(tmp_path: Path) -> None:
     """After a change that improves a launch, write the file again: `--quick --record`."""
     file = ROOT / "benchmarks" / "reports" / "efficiency_quick.json"

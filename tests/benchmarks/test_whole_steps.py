@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from own_process import ROOT, run_python
 
 RULES = """
@@ -158,6 +159,7 @@ def test_launches_of_a_step_of_flow() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path) -> None:
     """The test counts the package's own variants, at the size of the recorded files.
 

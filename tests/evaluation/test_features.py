@@ -108,6 +108,7 @@ class TestInception:
         images = pixels(2, 3, 64, 64)
         assert torch.equal(network(images), expected(images))
 
+    @pytest.mark.long
     def test_evaluate_compares_held_out_images_with_samples(
         self, inception, run, images, monkeypatch
     ):
