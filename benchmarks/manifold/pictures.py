@@ -1,6 +1,5 @@
 """Pictures of the image comparisons: samples, the frontier, and the curves of training."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,32 +51,6 @@ def draw_frontier(
             axis.set(title=f"{name} (lower left is better)", xlabel=LABELS["squared_error"])
             _scales(axis, metric)
     _save_with_legend(path, figure, axis)
-
-
-def frontier_of_tables(docs: Path) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Return `rows` and `others` of `draw_frontier` from the tables of two pages.
-
-    The rows are the means over the seeds, so the picture has no point for each seed.
-    """
-    main = (docs / "manifold_recovery.md").read_text()
-    more = (docs / "manifold_tables.md").read_text()
-    rows = {name: _table(main, f"<!-- begin {name} -->", 1) for name in ("digits", "patches")}
-    return rows, {"digits": _table(more, "Other weights on seed 0:", 2), "patches": []}
-
-
-def _table(text: str, start: str, names: int) -> list[Row]:
-    """Return the rows of the first table after `start`, with `names` columns before its figures."""
-    table = re.search(r"(?:^\|.*\n)+", text[text.index(start) :], re.MULTILINE)
-    assert table is not None
-    rows = []
-    for line in table[0].splitlines()[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        figures = [None if c == "-" else float(c.split("±")[0]) for c in cells[names:]]
-        bits, error, _, on, off = figures[:5]
-        row = {"method": cells[0], "seed": None, "bits": bits, "squared_error": error}
-        row |= {"frechet_on": on, "frechet_off": off}
-        rows.append(row | ({"weight": float(cells[1])} if names == 2 else {}))
-    return rows
 
 
 def _scales(axis: Axes, metric: str) -> None:
