@@ -32,8 +32,8 @@ PRIOR_STEPS, PRIOR_WIDTH, COMPONENTS = 4, 32, 20
 # Channels of the autoencoder: with the parameters of the flow, and with the prior's as well.
 CHANNELS, MORE_CHANNELS = 7, 12
 VAE_CHANNELS = 10
-# Jet's own scale function, 2 sigmoid, at most doubles a number in a coupling. Six couplings then reach
-# no less than 6.7 bits per dimension, because the black pixels of digits vary by a level of grey only.
+# Jet's own scale function, 2 sigmoid, at most doubles a number in a coupling. Six couplings then
+# reach no less than 6.7 bits per dimension: black pixels vary by only one level of grey.
 JET_CLAMP = 3.0
 DEVIATION, LESS_NOISE = 0.1, 0.02  # standard deviations of v in PIE and denoising flows
 BATCH = 64
