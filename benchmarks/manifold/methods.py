@@ -150,7 +150,11 @@ def variational(networks: Networks, weight: float, generator: torch.Generator) -
     assert networks.variational is not None
     built = networks.variational()
     model = VariationalAutoencoder(*built, networks.input_shape, networks.dim, _prior(networks))
-    chart = _chart_phase(model, lambda x, _: model.loss(x, generator))
+
+    def loss(x: Tensor, progress: float) -> Tensor:
+        return model.loss(x, generator, likelihood=warm_up(progress, 0.0, 0.5))
+
+    chart = _chart_phase(model, loss)
     prior = _prior_phase(model, networks, code=lambda x: model.draw(x, generator)[0])
     return Method(model, [chart, prior], density=True)
 
@@ -242,7 +246,7 @@ RECIPES = {
     # arXiv 1312.6114, with a learned deviation of each pixel, then a prior flow on the code. Its
     # bits are a bound by importance weighting (arXiv 1509.00519).
     "VAE, prior flow": Recipe(
-        variational, "0.2", "v", "VAE, prior", needs="variational", slower=0.4),
+        variational, "0.2", "v", "VAE, prior", needs="variational"),
     # arXiv 2111.00619, with a prior flow on u that is trained with the first flow.
     "PIE": Recipe(pie, "tab:olive", "v"),
     # arXiv 2003.13913: the manifold by reconstruction, then the prior by likelihood.

@@ -147,10 +147,25 @@ class VariationalAutoencoder(Autoencoder):
         x = given.mean + temperature * given.stddev * noise
         return x, given.log_prob(x).flatten(1).sum(1)
 
-    def loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return minus the evidence lower bound (N,) with N(0, I) as the density of the code."""
+    def loss(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        likelihood: float = 1.0,
+        weight: float = 400.0,
+    ) -> Tensor:
+        """Return minus the evidence lower bound (N,) with N(0, I) as the density of the code.
+
+        The loss is likelihood times that, plus (1 - likelihood) weight / 2 |x - mean|^2. Without a
+        start of this kind, the deviations of dark pixels shrink before the means are learnt, and
+        training stays at a large error.
+        """
         code, log_q = self.draw(x, generator)
-        return log_q + normal_score(code) - self._decoded(code).log_prob(x).flatten(1).sum(1)
+        given = self._decoded(code)
+        bound = given.log_prob(x).flatten(1).sum(1) - log_q - normal_score(code)
+        error = _squared_error(x, given.mean)
+        return (1 - likelihood) * weight / 2 * error - likelihood * bound
 
     @torch.no_grad()
     def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
@@ -337,8 +352,8 @@ def free_form_loss(
 def warm_up(progress: float, start: float, end: float) -> float:
     """Return 0 up to `start`, 1 from `end` on, and a straight line between.
 
-    Rectangular flows multiply their likelihood by this factor. `progress` is the fraction of
-    training that is done.
+    Rectangular flows and VAEs multiply their likelihood by this factor. `progress` is the fraction
+    of training that is done.
     """
     return min(1.0, max(0.0, (progress - start) / (end - start)))
 
