@@ -184,19 +184,23 @@ class VariationalAutoencoder(Autoencoder):
 
     def draw(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Draw codes from q(code | x), and return them with log q (N,)."""
-        mean, log_deviation = self.encoder(x).chunk(2, 1)
-        noise = torch.randn(mean.shape, generator=generator)
-        code = mean + log_deviation.exp() * noise
-        return code, Normal(mean, log_deviation.exp()).log_prob(code).sum(1)
+        given = _normal(self.encoder(x))
+        code = given.mean + given.stddev * torch.randn(given.mean.shape, generator=generator)
+        return code, given.log_prob(code).sum(1)
 
     def _decoded(self, code: Tensor) -> Normal:
         """Return p(x | code)."""
-        mean, log_deviation = self.decoder(code).chunk(2, 1)
-        return Normal(mean, log_deviation.exp())
+        return _normal(self.decoder(code))
 
     def _code(self, u: Tensor, stages: int | None) -> Tensor:
         prior = None if stages == 1 else self.prior_flow
         return u if prior is None else prior.decode(u)
+
+
+def _normal(numbers: Tensor) -> Normal:
+    """Return the Gaussian of means and log-deviations, without overflow."""
+    mean, log_deviation = numbers.chunk(2, 1)
+    return Normal(mean, log_deviation.clamp(-8.0, 4.0).exp(), validate_args=False)
 
 
 Model = HierarchicalFlow | Autoencoder
