@@ -21,6 +21,7 @@ Run = Callable[[Store, bool], None]
 Report = Callable[[Store], dict[str, str]]
 PARTS: dict[str, tuple[Run, Report]] = {
     "digits": (partial(images.run, "digits"), partial(images.report, "digits")),
+    "longer": (images.run_longer, lambda store: {}),
     "patches": (partial(images.run, "patches"), partial(images.report, "patches")),
     "points": (points.run, points.report),
 }

@@ -36,6 +36,7 @@ _ADDED_LATER: dict[str, Any] = {
     "sigma": 0.1,
     "coupling": "affine",
     "bins": 8,
+    **{"flow": "glow", "patch": 2, "couplings": 20, "depth": 1, "heads": 2},
     "init_from": None,
     "accumulate": 1,
     "classes": None,
@@ -74,6 +75,7 @@ class TrainConfig(
         The models check what depends on the images' shape, such as the number of levels.
         """
         model = ("image_size", "levels", "manifold_dim", "checkpoint_every")
+        model += ("patch", "couplings", "depth", "heads")
         training = ("batch_size", "accumulate", "warm_up", "max_skipped", "save_steps")
         for name in (*model, *training):
             if getattr(self, name) is not None:

@@ -12,6 +12,7 @@ Domain = Literal["latent", "data"]
 Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 Coupling = Literal["affine", "spline"]
+ImageFlow = Literal["glow", "jet"]
 MAX_BINS = 64
 
 
@@ -43,19 +44,31 @@ class ModelOptions:
     """Model.
 
     Args:
-        levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
-        coupling: Couplings of the image flow's steps, affine or monotone splines.
+        flow: The image flow: glow has convolutions, levels and steps; jet has vision transformers
+            on patches, and costs more.
+        levels: Levels of a glow. Each halves the image, so 2^levels must divide its size.
+        coupling: Couplings of a glow's steps, affine or monotone splines.
         bins: Bins of each spline, 2 to 64.
-        steps: Flow steps in each level.
-        width: Hidden channels of the image flow's coupling networks.
+        steps: Flow steps in each level of a glow.
+        patch: Side of the patches of a jet in pixels, a power of 2.
+        couplings: Couplings of a jet. Each at most doubles a number, so images with constant areas,
+            such as digits, need 20 or more.
+        depth: Transformer blocks in each network of a jet.
+        heads: Attention heads of a jet, which must divide the width.
+        width: Hidden channels of the image flow's coupling networks, or channels of their tokens.
         manifold_dim: Dimensions of the manifold, taken from the coarsest latents first. A number
             that fills whole channels gives each part of the image the same number of dimensions.
     """
 
+    flow: ImageFlow = "glow"
     levels: int = 2
     coupling: Coupling = "affine"
     bins: int = 8
     steps: int = 4
+    patch: int = 2
+    couplings: int = 20
+    depth: int = 1
+    heads: int = 2
     width: int = 64
     manifold_dim: int = 64
 

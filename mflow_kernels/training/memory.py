@@ -14,15 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mflow_kernels import Glow, HierarchicalFlow, VectorFlow
+from mflow_kernels import HierarchicalFlow, VectorFlow
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.named import default_shape
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import stage_sums
 from mflow_kernels.layers import ActNorm
+from mflow_kernels.models.architecture import build
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
-from mflow_kernels.runs.folder import build_model
+from mflow_kernels.runs.folder import architecture, build_model
 from mflow_kernels.training.account import Account, Kernel, counting, nbytes
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
@@ -84,8 +85,9 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         classes = range(count_classes(config.data, config.classes))
         resolved = dataclasses.replace(resolved, class_names=list(map(str, classes)))
     with torch.device("meta"):  # run the models' own checks without allocating their tensors
-        shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
-        check_manifold_dim(config.manifold_dim, shapes)
+        flow = architecture(resolved)["stages"][0]["flow"]
+        one = {"steps": 1, "width": 1} if config.flow == "glow" else {"couplings": 1, "depth": 1}
+        check_manifold_dim(config.manifold_dim, build(flow | one).latent_shapes)
         for outer in config.flows[:-1]:
             VectorFlow(outer.dim, steps=1, width=1)
     return resolved
@@ -159,7 +161,7 @@ def step_of(
 def empty_model(config: RunConfig) -> HierarchicalFlow:
     """Return the model of a configuration on meta tensors, as after its first batch."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config).to("meta")  # a permutation's order is on the CPU
     for module in model.modules():
         if isinstance(module, ActNorm):
             module.was_set = True

@@ -29,7 +29,7 @@ class TestPresets:
         assert main(["plan", "--preset", name, "--gpu-memory", "80GB"]) == 0
         out = capsys.readouterr().out
         options = yaml.safe_load(preset_text(name))
-        assert f"Batches of {options['batch_size']} images" in out
+        assert f"Batches of {options['batch_size']:,} images" in out
         assert "\nFits in 80.0 GB." in out
         largest = out.split("Largest batch in 80.0 GB: ")[1].split()[0]
         assert int(largest.replace(",", "")) >= options["batch_size"]

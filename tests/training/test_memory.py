@@ -65,6 +65,8 @@ CASES = {
     "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
     "another stage": {"steps": 1, "width": 8, "stages": [StageOptions(16, width=256)]},
     "accumulated": {"steps": 4, "width": 64, "accumulate": 4, "reversible": False},
+    "jet": {"flow": "jet", "couplings": 6, "width": 32},
+    "jet, stored": {"flow": "jet", "couplings": 6, "width": 32, "reversible": False},
     "splines": {"steps": 4, "width": 64, "coupling": "spline"},
     "released": {
         "steps": 2,
