@@ -132,7 +132,7 @@ def step_of(
             for p in parameters
         ]
         account.purpose = FORWARD
-        images, context = _batch(config)
+        images, context = empty_batch(config)
         x = dequantize(images, config.n_bits)
         parts = [t.chunk(config.accumulate) for t in ((x,) if context is None else (x, context))]
         for part in [*zip(*parts, strict=True)][:2]:  # any later part is like the second
@@ -166,7 +166,7 @@ def empty_model(config: RunConfig) -> HierarchicalFlow:
     return model
 
 
-def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
+def empty_batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
     images = torch.empty(config.batch_size, *config.image_shape, dtype=torch.uint8, device="meta")
     if not config.class_names:
         return images, None
@@ -202,7 +202,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     with counting(account), torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             account.allocated(t)
-        images, context = _batch(one)
+        images, context = empty_batch(one)
         stage_sums(model, dequantize(images, config.n_bits), context)
         return account.at_peak.total()
 
