@@ -31,6 +31,7 @@ PARAMETERS, AVERAGE = "parameters and buffers", "averaged weights"
 OPTIMIZER, GRADIENTS = "optimizer (AdamW)", "gradients of the parameters"
 FORWARD = "images, latents and what the forward pass keeps"
 BACKWARD = "backward pass: one step of flow, and gradients"
+LIBRARIES = 2 * 10**9  # bytes for the CUDA context, cuDNN, and blocks that the allocator keeps
 PURPOSES = (PARAMETERS, AVERAGE, OPTIMIZER, GRADIENTS, FORWARD, BACKWARD)
 
 
@@ -95,6 +96,23 @@ def walk(config: RunConfig) -> list[Step]:
     """Walk through a training step of each stage of a configuration."""
     model = empty_model(config)
     return [step_of(config, stage, model) for stage in range(len(config.flows))]
+
+
+def choose_states(resolved: RunConfig, config: TrainConfig, memory: int, processes: int) -> None:
+    """Let a configuration whose options leave the choice store its states if a card has room.
+
+    There is room if the prediction, a tenth more, and `LIBRARIES` fit.
+
+    Args:
+        resolved: to change, from `config`.
+        config: the options.
+        memory: of a card, in bytes.
+        processes: number of processes, each with a card, that share a batch.
+    """
+    if config.reversible is None:
+        part = resolved.batch_size // processes
+        stored = dataclasses.replace(resolved, reversible=False, batch_size=part, device="cuda")
+        resolved.reversible = 1.1 * highest(walk(stored)).total + LIBRARIES > memory
 
 
 def highest(steps: Sequence[Step]) -> Step:
