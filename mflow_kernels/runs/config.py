@@ -156,8 +156,12 @@ class TrainConfig(
         crop: int | None = None,
         class_names: tuple[str, ...] = (),
     ) -> "RunConfig":
-        """Return a RunConfig with the values that come from the data, and absolute paths."""
+        """Return a RunConfig with the values that come from the data, and absolute paths.
+
+        States are rebuilt unless `reversible` is False; `memory.choose_states` knows the card.
+        """
         values = dict(vars(self))
+        values["reversible"] = self.reversible is not False
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())

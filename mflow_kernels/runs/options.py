@@ -189,7 +189,8 @@ class MemoryOptions:
 
     Args:
         reversible: Rebuild states instead of storing them, so that memory hardly grows with the
-            number of steps.
+            number of steps. By default states are rebuilt, except on a GPU whose memory has room
+            for them by the prediction of mflow plan: storing them is faster.
         checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
             more exact; null stores none.
         max_drift: Largest error of a rebuilt image, vector or state, divided by its largest number
@@ -198,7 +199,7 @@ class MemoryOptions:
             every 100 steps; by default there is no limit.
     """
 
-    reversible: bool = True
+    reversible: bool | None = None
     checkpoint_every: int | None = 8
     max_drift: float = 0.01
     max_condition: float | None = None

@@ -32,6 +32,7 @@ from mflow_kernels.runs.folder import (
 )
 from mflow_kernels.training.callbacks import read_metrics
 from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.memory import choose_states
 from mflow_kernels.training.schedule import Schedule
 
 
@@ -164,6 +165,9 @@ def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
 def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
     splits = load_splits(config.data, config.image_size, config.classes)
     resolved = config.resolve(splits.train.image_shape, splits.crop, splits.class_names)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        choose_states(resolved, config, memory, ranks.world)
     model = build_model(resolved)
     _check_batches(resolved, model, splits)
     return Loaded(resolved, splits, model, device, ranks)

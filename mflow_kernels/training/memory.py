@@ -32,6 +32,7 @@ PARAMETERS, AVERAGE = "parameters and buffers", "averaged weights"
 OPTIMIZER, GRADIENTS = "optimizer (AdamW)", "gradients of the parameters"
 FORWARD = "images, latents and what the forward pass keeps"
 BACKWARD = "backward pass: one step of flow, and gradients"
+LIBRARIES = 2 * 10**9  # bytes for the CUDA context, cuDNN, and blocks that the allocator keeps
 PURPOSES = (PARAMETERS, AVERAGE, OPTIMIZER, GRADIENTS, FORWARD, BACKWARD)
 
 
@@ -99,6 +100,23 @@ def walk(config: RunConfig) -> list[Step]:
     return [step_of(config, stage, model) for stage in range(len(config.flows))]
 
 
+def choose_states(resolved: RunConfig, config: TrainConfig, memory: int, processes: int) -> None:
+    """Let a configuration whose options leave the choice store its states if a card has room.
+
+    There is room if the prediction, a tenth more, and `LIBRARIES` fit.
+
+    Args:
+        resolved: to change, from `config`.
+        config: the options.
+        memory: of a card, in bytes.
+        processes: number of processes, each with a card, that share a batch.
+    """
+    if config.reversible is None:
+        part = resolved.batch_size // processes
+        stored = dataclasses.replace(resolved, reversible=False, batch_size=part, device="cuda")
+        resolved.reversible = 1.1 * highest(walk(stored)).total + LIBRARIES > memory
+
+
 def highest(steps: Sequence[Step]) -> Step:
     """Return the step that takes the most memory."""
     return max(steps, key=lambda step: step.total)
@@ -134,7 +152,7 @@ def step_of(
             for p in parameters
         ]
         account.purpose = FORWARD
-        images, context = _batch(config)
+        images, context = empty_batch(config)
         x = dequantize(images, config.n_bits)
         parts = [t.chunk(config.accumulate) for t in ((x,) if context is None else (x, context))]
         for part in [*zip(*parts, strict=True)][:2]:  # any later part is like the second
@@ -168,7 +186,7 @@ def empty_model(config: RunConfig) -> HierarchicalFlow:
     return model
 
 
-def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
+def empty_batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
     images = torch.empty(config.batch_size, *config.image_shape, dtype=torch.uint8, device="meta")
     if not config.class_names:
         return images, None
@@ -204,7 +222,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     with counting(account), torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             account.allocated(t)
-        images, context = _batch(one)
+        images, context = empty_batch(one)
         stage_sums(model, dequantize(images, config.n_bits), context)
         return account.at_peak.total()
 
