@@ -44,7 +44,8 @@ class Comparison(ABC):
         seconds: CPU seconds of a training.
         rates: learning rates of the sweep, a geometric sequence that rises.
         weights: weights of the sweep, of the same kind. The middle one is used while rates are
-            compared, and the other ones are then compared at the best rate.
+            compared, and the other ones are then compared at the best rate. Methods whose recipe
+            has a weight have no others.
         extensions: how often each grid is extended at most.
     """
 
@@ -143,14 +144,15 @@ class Comparison(ABC):
         def swept(rate: float, weight: float) -> Row:
             return self.train(store, name, Settings(rate, weight), 0)
 
+        fixed = RECIPES[name].weight
         if start is None:
             rates = [float(f"{rate * RECIPES[name].slower:.3g}") for rate in self.rates]
-            weight = self.weights[len(self.weights) // 2]
+            weight = fixed or self.weights[len(self.weights) // 2]
         else:
             smaller = start.rate * self.rates[0] / self.rates[1]
             rates, weight = [float(f"{smaller:.3g}"), start.rate], start.weight
         rows = self._search(rates, lambda rate: swept(rate, weight))
-        if start is None and RECIPES[name].weighted:
+        if start is None and RECIPES[name].weighted and fixed is None:
             best = min(rows, key=self._order)["rate"]
             rows += self._search(self.weights, lambda weight: swept(best, weight))
         best = min(rows, key=self._order)
