@@ -276,7 +276,8 @@ RECIPES = {
         "tab:red", "*", "pen., hierarchy", weighted=True, weight=WEIGHT),
     "penalized Jet, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight), networks.jet()),
-        "crimson", "v", "pen. Jet, hierarchy", weighted=True, needs="jet", weight=WEIGHT, slower=0.4),
+        "crimson", "v", "pen. Jet, hierarchy",
+        weighted=True, needs="jet", weight=WEIGHT, slower=0.4),
     # w = 1 / variance of the errors.
     "calibrated weight, hierarchy": Recipe(
         lambda networks, *_: hierarchy(networks, _penalty("variance")),
