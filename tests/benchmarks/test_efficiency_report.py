@@ -44,6 +44,7 @@ assert _full(109, 108) == 109 / 216
 """  # noqa: E501
 
 
+@pytest.mark.long
 def test_rules(tmp_path: Path) -> None:
     script = tmp_path / "rules.py"
     script.write_text(RULES)

@@ -125,6 +125,7 @@ print(*(report([one]) for one in planted))
 """
 
 
+@pytest.mark.long
 def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     script, saved = tmp_path / "planted.py", tmp_path / "rows.json"
     script.write_text(PLANTED)

@@ -102,6 +102,7 @@ for warps in (4, 8):
 """
 
 
+@pytest.mark.long
 def test_planted_kernels(tmp_path: Path) -> None:
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)

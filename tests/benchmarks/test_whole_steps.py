@@ -108,6 +108,7 @@ assert moved == 16 * hidden + rest, (moved, hidden)
 """
 
 
+@pytest.mark.long
 def test_rules() -> None:
     done = run_python("-c", RULES)
     assert done.returncode == 0, done.stderr

@@ -56,6 +56,7 @@ def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
     torch.testing.assert_close(gradients(), wants, rtol=0, atol=0)
 
 
+@pytest.mark.long
 @compiles
 def test_compiles_with_inductor(device):
     """A vector step with the real backend; other tests use aot_eager."""

@@ -174,7 +174,9 @@ class TestCommand:
 
 
 class TestAdvice:
-    CONFIG = TrainConfig(**{**preset_options("celeba64"), "steps": 2}).resolve((3, 64, 64))
+    CONFIG = TrainConfig(**{**preset_options("celeba64"), "steps": 2, "stages": []}).resolve(
+        (3, 64, 64)
+    )
 
     def fit(self, config, memory) -> str:
         return describe_fit(config, walk(config), memory)
