@@ -38,6 +38,7 @@ _ADDED_LATER: dict[str, Any] = {
     "bins": 8,
     **{"flow": "glow", "patch": 2, "couplings": 20, "depth": 1, "heads": 2},
     "init_from": None,
+    "optimizer": "adamw",
     "accumulate": 1,
     "classes": None,
     "crop": None,

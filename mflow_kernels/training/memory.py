@@ -25,6 +25,8 @@ from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import architecture, build_model
 from mflow_kernels.training.account import Account, Kernel, counting, nbytes
+from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.muon import orthogonal
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
@@ -141,9 +143,14 @@ def step_of(
         account.purpose = AVERAGE
         average = [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())]
         account.purpose = OPTIMIZER
-        moments = [
-            torch.empty_like(p) for each in stages[: stage + 1] for p in (*each.parameters(),) * 2
-        ]
+        muon = config.optimizer == "muon"
+        turned = [p for each in stages for p in parameter_groups(each)[0]] if muon else []
+        once = {id(p) for p in turned}  # parameters with one moment; the others have two
+        moments = {
+            p: [torch.empty_like(p) for _ in range(1 if id(p) in once else 2)]
+            for each in stages[: stage + 1]
+            for p in each.parameters()
+        }
         parameters = [p for each in trained for p in each.parameters()]
         hooks = [
             p.register_post_accumulate_grad_hook(
@@ -165,7 +172,11 @@ def step_of(
         gradients = [cast(Tensor, p.grad) for p in parameters]
         account.add("norm of the gradients", gradients, [])
         account.add("clip", gradients, gradients)
-        own = moments[-2 * len(parameters) :]
+        account.purpose = BACKWARD
+        for p in parameters:
+            if id(p) in once:
+                orthogonal(cast(Tensor, p.grad).flatten(1))
+        own = [moment for p in parameters for moment in moments[p]]
         account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
         account.add("average", [*parameters, *parameters], parameters)
         for hook in hooks:
@@ -203,7 +214,7 @@ def _loss(
 
 
 def checkpoint_bytes(steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments.
+    """Return the size of the last checkpoint: weights, buffers, their average, two moments.
 
     Args:
         steps: of all stages.
