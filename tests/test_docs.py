@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop.test_published import openai_variables, rosinality_weights
+from interop.test_published import chaiyujin_weights, openai_variables, rosinality_weights
 from tiny_runs import TINY, write_images
 
 from mflow_kernels import layers, ops
@@ -49,6 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     variables = {name: a.astype(np.float32) for name, a in openai_variables().items()}
     np.savez(folder / "glow.npz", **variables)
     torch.save(rosinality_weights(), folder / "model.pt")
+    torch.save({"graph": chaiyujin_weights()}, folder / "trained.pkg")
     for kind in ("good", "bad"):
         write_images(folder / "parts" / kind, channels=3)
     return folder

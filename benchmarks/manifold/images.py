@@ -283,7 +283,7 @@ def report(name: str, store: Store) -> dict[str, str]:
     """Draw the pictures of the runs of a set, and return their tables by name."""
     rows = [_flat(row) for row in finals(store, name, "digits")]
     images, judged = SETS[name](), judge(name)
-    pictures.draw_samples(store.folder / f"{name}.png", name, rows, images.test.images)
+    pictures.draw_samples(store.folder / f"samples_{name}.png", name, rows, images.test.images)
     found = {n: finals(store, n, "digits") for n in SETS}
     frontier = _other_weights(store, found["digits"])
     pictures.draw_frontier(store.folder / "frontier.png", found, {"digits": frontier})

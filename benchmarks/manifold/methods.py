@@ -75,6 +75,7 @@ class Networks:
 
 
 NORMAL = ManifoldObjective("latent", weight=1.0)  # v is standard normal, like u
+WEIGHT = 400.0  # of the penalty
 CHART_SHARE = 0.85  # CPU time of a chart that is trained before its prior, which has the rest
 FALL, FALL_SHARE = 10.0, 0.6  # a falling weight starts at FALL times its last value
 
@@ -199,6 +200,8 @@ class Recipe:
         weighted: whether it has a weight to choose.
         by_likelihood: whether it maximizes only the likelihood in the space of x.
         needs: field of `Networks` without which a comparison leaves the method out.
+        weight: a weight that is not swept. The penalty's is a choice between likelihood and error,
+            and all its methods have that of `mflow train`; other weights are runs of the frontier.
         slower: factor of the sweep's first learning rates. Transformers and networks that need a
             smaller rate start lower, so that the sweep finds theirs in as few trainings.
     """
@@ -210,6 +213,7 @@ class Recipe:
     weighted: bool = False
     by_likelihood: bool = False
     needs: str = ""
+    weight: float | None = None
     slower: float = 1.0
 
 
@@ -235,14 +239,14 @@ RECIPES = {
     # arXiv 2412.15129, couplings with vision transformers, alone and followed by a prior flow on u.
     "plain Jet": Recipe(
         lambda networks, *_: one_stage(networks.jet(), networks.dim, NORMAL),
-        "tab:blue", "v", by_likelihood=True, needs="jet", slower=0.16),
+        "tab:blue", "v", by_likelihood=True, needs="jet", slower=0.4),
     "plain Jet, prior flow": Recipe(
         lambda networks, *_: hierarchy(networks, NORMAL, networks.jet()),
-        "tab:cyan", "v", by_likelihood=True, needs="jet", slower=0.16),
+        "tab:cyan", "v", by_likelihood=True, needs="jet", slower=0.4),
     # arXiv 2412.06329, an autoregressive flow of causal transformers.
     "plain TarFlow": Recipe(
         lambda networks, *_: one_stage(networks.tarflow(), networks.dim, NORMAL),
-        "navy", "s", by_likelihood=True, needs="tarflow", slower=0.16),
+        "navy", "s", by_likelihood=True, needs="tarflow", slower=0.4),
     # arXiv 1312.6114, with a learned deviation of each pixel, then a prior flow on the code. Its
     # bits are a bound by importance weighting (arXiv 1509.00519).
     "VAE, prior flow": Recipe(
@@ -266,24 +270,25 @@ RECIPES = {
     # The penalized likelihood (arXiv 2206.03293), alone and followed by a prior flow on u.
     "penalized": Recipe(
         lambda networks, weight, _: one_stage(networks.flow(), networks.dim, _penalty(weight)),
-        "salmon", "X", weighted=True),
+        "salmon", "X", weighted=True, weight=WEIGHT),
     "penalized, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight)),
-        "tab:red", "*", "pen., hierarchy", weighted=True),
+        "tab:red", "*", "pen., hierarchy", weighted=True, weight=WEIGHT),
     "penalized Jet, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight), networks.jet()),
-        "crimson", "v", "pen. Jet, hierarchy", weighted=True, needs="jet", slower=0.16),
+        "crimson", "v", "pen. Jet, hierarchy",
+        weighted=True, needs="jet", weight=WEIGHT, slower=0.4),
     # w = 1 / variance of the errors.
     "calibrated weight, hierarchy": Recipe(
         lambda networks, *_: hierarchy(networks, _penalty("variance")),
         "lightcoral", "h", "calibrated, hierarchy"),
     "falling weight, hierarchy": Recipe(
-        falling, "tomato", "d", "falling, hierarchy", weighted=True),
+        falling, "tomato", "d", "falling, hierarchy", weighted=True, weight=WEIGHT),
     # The mean squared error is at most 1 / weight. Training finds the weight of the penalty that
     # keeps this bound; it starts at the given one.
     "error bound, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(ErrorBound(1 / weight))),
-        "darkred", "p", "bound, hierarchy", weighted=True),
+        "darkred", "p", "bound, hierarchy", weighted=True, weight=WEIGHT),
 }  # fmt: skip
 
 

@@ -122,6 +122,8 @@ def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
             if not found or None in [_value(row, metric) for row in found]:
                 continue
             times = sorted({row["budget"] for row in found})
+            if len(times) < 2:
+                continue
             seeds = [[_value(r, metric) for r in found if r["budget"] == t] for t in times]
             means = [statistics.fmean(values) for values in seeds]
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in seeds]
@@ -129,4 +131,5 @@ def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
             axis.errorbar(times, means, spread, fmt=recipe.marker + "-", **style)
         axis.set_xlabel("CPU seconds")
         _scales(axis, metric)
+        axis.set_xticks(sorted({row["budget"] for row in rows}))
     _save_with_legend(path, figure, axis)

@@ -1,4 +1,4 @@
-"""Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
+"""Load weights of openai/glow, rosinality/glow-pytorch and chaiyujin/glow-pytorch into a `Glow`.
 
 The published model has two features that `Glow` lacks: convolutions that see the border of the
 image, and a learned Gaussian of the coarsest latent. Here an affine map takes the place of that
@@ -24,7 +24,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 Weights = Mapping[str, Any]
 _GLOW = ScaleFunction("sigmoid", offset=2.0)
 _EXP = ScaleFunction("exp")
-FACTOR = 3.0  # both store a third of each log-scale ("logscale_factor")
+FACTOR = 3.0  # all store a third of the log-scales of last convolutions ("logscale_factor")
 
 
 class EdgeConv2d(nn.Conv2d):
@@ -119,14 +119,42 @@ def glow_from_rosinality(
     Raises:
         ValueError: a weight is missing or has another shape.
     """
+    return _convert(_Rosinality(_state(weights)), image_shape)
+
+
+def glow_from_chaiyujin(
+    weights: str | PathLike[str] | Weights,
+    image_shape: tuple[int, int, int],
+    *,
+    label: int | None = None,
+) -> PublishedGlow:
+    """Return a model with the weights of chaiyujin/glow-pytorch.
+
+    Args:
+        weights: a state dictionary, a training checkpoint with one under "graph", or its file.
+        image_shape: (C, H, W). The model takes images as x / 255.
+        label: the class, for weights whose top latent depends on it.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, or the weights have no such label. The
+            files lack two kinds of permutations: those of channels, and those of LU-factored 1x1
+            convolutions.
+    """
+    state = _state(weights)
+    return _convert(_Chaiyujin(state.get("graph", state), label), image_shape)
+
+
+def _state(weights: str | PathLike[str] | Weights) -> Weights:
     if isinstance(weights, (str, PathLike)):
-        weights = cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
-    return _convert(_Rosinality(weights), image_shape)
+        return cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
+    return weights
 
 
-def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
-    """Return a model with these weights, from either layout."""
-    levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
+def _convert(
+    w: "_OpenAI | _Rosinality | _Chaiyujin", image_shape: tuple[int, int, int]
+) -> PublishedGlow:
+    """Return a model with these weights, from any layout."""
+    levels, steps = w.sizes()
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
         published = w.step(level, i % steps)
@@ -158,10 +186,21 @@ class _Step(NamedTuple):
 
 
 class _Source:
-    """Arrays by name. Errors name the missing array."""
+    """Arrays by name. Errors name the missing array.
+
+    Attributes:
+        counted: patterns of names, which count the levels and the steps of a level.
+    """
+
+    counted: tuple[str, str]
 
     def __init__(self, arrays: Weights) -> None:
         self.arrays = arrays
+
+    def sizes(self) -> tuple[int, int]:
+        """The number of levels, and of steps in each."""
+        levels, steps = (_count(self.arrays, pattern) for pattern in self.counted)
+        return levels, steps
 
     def need(self, name: str, why: str) -> None:
         if name not in self.arrays:
@@ -232,23 +271,13 @@ class _OpenAI(_Source):
     def top(self, shape: tuple[int, ...]) -> Tensor:
         """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
         channels, height, width = shape
-        top = torch.zeros(2 * channels, height, width)
+        top, rows = torch.zeros(2 * channels, height, width), None
         if "prior/p/W" in self.arrays:
             top = self.last("prior/p")(torch.zeros(1, *shape))[0]
         if "prior/y_emb/W" in self.arrays:
             scale = self.log_scale("prior/y_emb/logs").exp()
             rows = (self["prior/y_emb/W"] + self.vector("prior/y_emb/b")) * scale
-            if self.label is None or not 0 <= self.label < len(rows):
-                raise ValueError(
-                    f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of "
-                    f"these weights depends on it, got {self.label}"
-                )
-            top = top + rows[self.label][:, None, None]
-        elif self.label is not None:
-            raise ValueError(
-                f"label: expected None, as these weights have no classes, got {self.label}"
-            )
-        return top
+        return _of_class(top, rows, self.label)
 
 
 class _Rosinality(_Source):
@@ -302,6 +331,82 @@ class _Rosinality(_Source):
         return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
 
 
+class _Chaiyujin(_Source):
+    """A state dictionary. Layers of all levels have one number; log-scales of actnorms are stored
+    whole, and those of last convolutions divided by 3; shifts and scales alternate."""
+
+    interleaved = True
+
+    def __init__(self, arrays: Weights, label: int | None) -> None:
+        super().__init__(arrays)
+        self.label = label
+
+    def sizes(self) -> tuple[int, int]:
+        """Each level is a squeeze, its steps and, except in the last one, a split."""
+        self.steps = _count(self.arrays, "flow.layers.{}.actnorm.bias", first=1)
+        levels = 1
+        while f"flow.layers.{levels * (self.steps + 2) - 1}.conv.weight" in self.arrays:
+            levels += 1
+        return levels, self.steps
+
+    def step(self, level: int, step: int) -> _Step:
+        at = f"flow.layers.{level * (self.steps + 2) + 1 + step}"
+        self.need(f"{at}.invconv.weight", "only plain 1x1 convolutions are converted")
+        return _Step(
+            self[f"{at}.invconv.weight"],
+            *self.actnorm(at),
+            _network(
+                self.convolution(f"{at}.f.0"), self.convolution(f"{at}.f.2"), self.last(f"{at}.f.4")
+            ),
+        )
+
+    def prior(self, level: int) -> nn.Conv2d:
+        return self.last(f"flow.layers.{(level + 1) * (self.steps + 2) - 1}.conv")
+
+    def top(self, shape: tuple[int, ...]) -> Tensor:
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
+        channels, height, width = shape
+        top, rows = torch.zeros(2 * channels, height, width), None
+        if "learn_top.weight" in self.arrays:
+            top = self.last("learn_top")(torch.zeros(1, 2 * channels, height, width))[0]
+        if "project_ycond.weight" in self.arrays:
+            scale = (FACTOR * self["project_ycond.logs"]).exp()
+            rows = (self["project_ycond.weight"].t() + self["project_ycond.bias"]) * scale
+        return _of_class(top, rows, self.label)
+
+    def actnorm(self, at: str) -> tuple[Tensor, Tensor]:
+        return self[f"{at}.actnorm.bias"].flatten(), self[f"{at}.actnorm.logs"].flatten()
+
+    def convolution(self, name: str) -> nn.Conv2d:
+        """A convolution, with the actnorm after it."""
+        bias, log_scale = self.actnorm(name)
+        return self._conv(name, bias, log_scale.exp())
+
+    def last(self, name: str) -> nn.Conv2d:
+        scale = (FACTOR * self[f"{name}.logs"].flatten()).exp()
+        return self._conv(name, self[f"{name}.bias"], scale)
+
+    def _conv(self, name: str, bias: Tensor, scale: Tensor) -> nn.Conv2d:
+        weight = self[f"{name}.weight"]
+        size = weight.shape[2]
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2)
+        return _fill(conv, weight * scale[:, None, None, None], bias * scale)
+
+
+def _of_class(top: Tensor, rows: Tensor | None, label: int | None) -> Tensor:
+    """Return mean and log-deviation (2C, H, W) plus the row (2C,) of a class, if there are rows."""
+    if rows is None:
+        if label is not None:
+            raise ValueError(f"label: expected None, as these weights have no classes, got {label}")
+        return top
+    if label is None or not 0 <= label < len(rows):
+        raise ValueError(
+            f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of these "
+            f"weights depends on it, got {label}"
+        )
+    return top + rows[label][:, None, None]
+
+
 def _variables(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
@@ -310,13 +415,13 @@ def _variables(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     return {name.removesuffix(":0").removeprefix("model/"): a for name, a in weights.items()}
 
 
-def _count(weights: Weights, pattern: str) -> int:
-    """Return the smallest n for which `pattern.format(n)` is not a name in `weights`."""
+def _count(weights: Weights, pattern: str, first: int = 0) -> int:
+    """Count the names in `weights` among `pattern.format(n)`, from n = `first` on."""
     count = 0
-    while pattern.format(count) in weights:
+    while pattern.format(first + count) in weights:
         count += 1
     if not count:
-        raise ValueError(f"weights: expected {pattern.format(0)!r}, which is missing")
+        raise ValueError(f"weights: expected {pattern.format(first)!r}, which is missing")
     return count
 
 

@@ -66,10 +66,18 @@ class Walk(NamedTuple):
         gpu: whether these tensors stand for a GPU's. Code then takes the paths that it takes there.
         note: called as note(kernel, read, written, flops) for each launch, with the kernel's name,
             the tensors that it reads and writes, and the operations of its products.
+        launched: called as launched(kernel, grid, arguments, options) before that, with what Triton
+            would be given.
+        card: the device whose architecture and multiprocessors a launch asks for; None for a
+            Hopper card.
     """
 
     gpu: bool
     note: Callable[[str, list[Tensor], list[Tensor], int], object]
+    launched: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], object] | None = (
+        None
+    )
+    card: torch.device | None = None
 
 
 _walk: Walk | None = None
@@ -99,6 +107,11 @@ def noted(kernel: str, read: Iterable[Tensor | None], written: Iterable[Tensor |
     return True
 
 
+def card_of(device: torch.device) -> torch.device:
+    """The device that answers for `device`, which a walk may only stand for."""
+    return device if _walk is None or _walk.card is None else _walk.card
+
+
 def on_gpu(device: torch.device) -> bool:
     """Whether `device` is CUDA, or stands for it in a walk."""
     return device.type == "cuda" or (_walk is not None and _walk.gpu)
@@ -110,6 +123,7 @@ HOPPER = 90
 def architecture(device: torch.device) -> int:
     """The GPU's compute capability, times ten. On other devices, that of the machine that stands
     for a GPU, or Hopper's."""
+    device = card_of(device)
     if device.type == "cuda":
         return _capability(device)
     if not KERNELS_ON_CPU:
@@ -169,7 +183,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
             that several programs repeat count each time. Only a walk reads them.
     """
     first = args[0][0] if isinstance(args[0], tuple) else args[0]  # a tuple is from `strided`
+    # Kernels were compiled and judged with fused multiply-adds, which Triton 3.10 makes no default.
+    options["enable_fp_fusion"] = True
     if _walk is not None:
+        if _walk.launched is not None:
+            _walk.launched(kernel, grid, args, options)
         names = written_arguments(kernel)
         groups: tuple[list[Tensor], list[Tensor]] = [], []
         for written, argument in zip(names, args, strict=False):
@@ -181,8 +199,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
     if isinstance(first, FakeTensor):
         return
     device = first.device
-    # Kernels were compiled and judged with fused multiply-adds, which Triton 3.10 makes no default.
-    options["enable_fp_fusion"] = True
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)

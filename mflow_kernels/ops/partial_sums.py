@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import card_of, transformed
 
 MULTIPROCESSORS = 132  # of an H100; where no GPU can be asked
 
@@ -20,6 +20,7 @@ MULTIPROCESSORS = 132  # of an H100; where no GPU can be asked
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a GPU. On other devices, kernels run in a machine that
     stands for a GPU, and the number is `MULTIPROCESSORS`."""
+    device = card_of(device)
     return _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
 
 

@@ -143,7 +143,8 @@ def add_options(parser: ArgumentParser) -> None:
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
-            if isinstance(_default(option), bool | list) or option.name in ("classes", "init_from")
+            if isinstance(_default(option), bool | list)
+            or option.name in ("classes", "init_from", "reversible")
         }
         help_text = with_docstring(options).__doc__ or ""
         options.__doc__ = help_text.replace("{named_datasets}", _named_datasets())
@@ -153,7 +154,7 @@ def add_options(parser: ArgumentParser) -> None:
         types = get_type_hints(options)
         for name, option in by_hand.items():
             how: dict[str, Any]
-            if types[name] is bool:
+            if types[name] in (bool, bool | None):
                 how = {"action": ActionYesNo(no_prefix="no-")}
             elif name == "classes":
                 how = {"nargs": "?", "const": LABELS, "type": str, "metavar": "ATTRIBUTES"}

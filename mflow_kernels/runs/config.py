@@ -38,6 +38,7 @@ _ADDED_LATER: dict[str, Any] = {
     "bins": 8,
     **{"flow": "glow", "patch": 2, "couplings": 20, "depth": 1, "heads": 2},
     "init_from": None,
+    "optimizer": "adamw",
     "accumulate": 1,
     "classes": None,
     "crop": None,
@@ -156,8 +157,12 @@ class TrainConfig(
         crop: int | None = None,
         class_names: tuple[str, ...] = (),
     ) -> "RunConfig":
-        """Return a RunConfig with the values that come from the data, and absolute paths."""
+        """Return a RunConfig with the values that come from the data, and absolute paths.
+
+        States are rebuilt unless `reversible` is False; `memory.choose_states` knows the card.
+        """
         values = dict(vars(self))
+        values["reversible"] = self.reversible is not False
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())

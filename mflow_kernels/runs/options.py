@@ -13,6 +13,7 @@ Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 Coupling = Literal["affine", "spline"]
 ImageFlow = Literal["glow", "jet"]
+Optimizer = Literal["adamw", "muon"]
 MAX_BINS = 64
 
 
@@ -189,7 +190,8 @@ class MemoryOptions:
 
     Args:
         reversible: Rebuild states instead of storing them, so that memory hardly grows with the
-            number of steps.
+            number of steps. By default states are rebuilt, except on a GPU whose memory has room
+            for them by the prediction of mflow plan: storing them is faster.
         checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
             more exact; null stores none.
         max_drift: Largest error of a rebuilt image, vector or state, divided by its largest number
@@ -198,7 +200,7 @@ class MemoryOptions:
             every 100 steps; by default there is no limit.
     """
 
-    reversible: bool = True
+    reversible: bool | None = None
     checkpoint_every: int | None = 8
     max_drift: float = 0.01
     max_condition: float | None = None
@@ -216,10 +218,12 @@ class TrainingOptions:
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.
-        learning_rate: Highest learning rate of AdamW, after warm-up; it then falls along a cosine.
+        optimizer: AdamW, or Muon for the weights of the coupling networks and AdamW for the rest.
+            Muon wants about half of AdamW's learning rate.
+        learning_rate: Highest learning rate, after warm-up; it then falls along a cosine.
         warm_up: Steps at the start of each stage in which the learning rate rises; at most a fifth
             of the stage.
-        weight_decay: Weight decay of AdamW on the weights of the coupling networks.
+        weight_decay: Weight decay, as AdamW's, on the weights of the coupling networks.
         clip_norm: Largest norm of the gradient; longer gradients are scaled down to it.
         loss_spike: Skip a step whose loss exceeds the mean of the last hundred losses by more than
             this many standard deviations. Steps whose loss or gradient is not finite are skipped
@@ -246,6 +250,7 @@ class TrainingOptions:
     accumulate: int = 1
     epochs: int = 8
     max_steps: int | None = None
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-2
     warm_up: int = 100
     weight_decay: float = 0.0

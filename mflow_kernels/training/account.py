@@ -83,6 +83,7 @@ class Account(TorchDispatchMode):
 
     Args:
         gpu: whether the tensors stand for a GPU's.
+        card: the GPU; None for a Hopper card.
 
     Attributes:
         kernels: what a GPU launches, in order.
@@ -90,14 +91,19 @@ class Account(TorchDispatchMode):
         held: bytes in use now, by purpose; `at_peak` at the moment when most were in use.
     """
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, gpu: bool, card: torch.device | None = None) -> None:
         super().__init__()
-        self.gpu, self.purpose = gpu, ""
+        self.gpu, self.card, self.purpose = gpu, card, ""
         self.kernels: list[Kernel] = []
         self.held, self.at_peak = Counter[str](), Counter[str]()
         self._total = self._peak = 0
         self._forms: dict[Any, Any] = {}  # of operators' results, by that of their arguments
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+
+    def launched(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Do nothing; called with each launch of Triton."""
 
     def add(
         self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
@@ -302,7 +308,8 @@ def counting(account: Account) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()  # memory is freed where references end, on every walk at the same place
     try:
-        with _casting_layers(), account, walking(Walk(account.gpu, account.add)):
+        walk = Walk(account.gpu, account.add, account.launched, account.card)
+        with _casting_layers(), account, walking(walk):
             yield
     finally:
         if collects:

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
@@ -32,6 +33,7 @@ from mflow_kernels.runs.folder import (
 )
 from mflow_kernels.training.callbacks import read_metrics
 from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.memory import choose_states
 from mflow_kernels.training.schedule import Schedule
 
 
@@ -164,6 +166,9 @@ def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
 def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
     splits = load_splits(config.data, config.image_size, config.classes)
     resolved = config.resolve(splits.train.image_shape, splits.crop, splits.class_names)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        choose_states(resolved, config, memory, ranks.world)
     model = build_model(resolved)
     _check_batches(resolved, model, splits)
     return Loaded(resolved, splits, model, device, ranks)
@@ -201,13 +206,12 @@ def _resumable(
             f"data: expected the images that the run was trained on, but these differ: {different}"
         )
     read_metrics(folder / METRICS)
-    groups = [group for stage in model.stages for group in parameter_groups(stage)]
-    expected = Expected(
-        checkpoint_tensors(model),
-        [parameter for group in groups for parameter in group],
-        len(model.stages),
-        len(splits.train),
-    )
+    moments: list[tuple[nn.Parameter, int]] = []
+    for stage in model.stages:
+        networks, others = parameter_groups(stage)
+        moments += [(p, 1 if config.optimizer == "muon" else 2) for p in networks]
+        moments += [(p, 2) for p in others]
+    expected = Expected(checkpoint_tensors(model), moments, len(model.stages), len(splits.train))
     checkpoint = newest_checkpoint(folder, expected)
     if checkpoint is None or checkpoint.progress is not None:
         return checkpoint

@@ -160,7 +160,7 @@ def plan(options: dict[str, Any]) -> Work:
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.splits import count_training_images
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.memory import resolve_config, walk
+    from mflow_kernels.training.memory import choose_states, resolve_config, walk
     from mflow_kernels.training.plan import (
         describe_fit,
         describe_peak,
@@ -184,6 +184,11 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
+    memory = gpu_memory
+    if memory is None and there:
+        memory = torch.cuda.get_device_properties(0).total_memory
+    if memory is not None:
+        choose_states(resolved, config, memory, processes=1)
     steps = walk(resolved)
     parts = [describe_peak(resolved, steps)]
     if not gpu and config.device != "cpu":  # the hours are those of GPUs, which this machine lacks

@@ -25,6 +25,8 @@ from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import architecture, build_model
 from mflow_kernels.training.account import Account, Kernel, counting, nbytes
+from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.muon import orthogonal
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
@@ -32,6 +34,7 @@ PARAMETERS, AVERAGE = "parameters and buffers", "averaged weights"
 OPTIMIZER, GRADIENTS = "optimizer (AdamW)", "gradients of the parameters"
 FORWARD = "images, latents and what the forward pass keeps"
 BACKWARD = "backward pass: one step of flow, and gradients"
+LIBRARIES = 2 * 10**9  # bytes for the CUDA context, cuDNN, and blocks that the allocator keeps
 PURPOSES = (PARAMETERS, AVERAGE, OPTIMIZER, GRADIENTS, FORWARD, BACKWARD)
 
 
@@ -99,6 +102,23 @@ def walk(config: RunConfig) -> list[Step]:
     return [step_of(config, stage, model) for stage in range(len(config.flows))]
 
 
+def choose_states(resolved: RunConfig, config: TrainConfig, memory: int, processes: int) -> None:
+    """Let a configuration whose options leave the choice store its states if a card has room.
+
+    There is room if the prediction, a tenth more, and `LIBRARIES` fit.
+
+    Args:
+        resolved: to change, from `config`.
+        config: the options.
+        memory: of a card, in bytes.
+        processes: number of processes, each with a card, that share a batch.
+    """
+    if config.reversible is None:
+        part = resolved.batch_size // processes
+        stored = dataclasses.replace(resolved, reversible=False, batch_size=part, device="cuda")
+        resolved.reversible = 1.1 * highest(walk(stored)).total + LIBRARIES > memory
+
+
 def highest(steps: Sequence[Step]) -> Step:
     """Return the step that takes the most memory."""
     return max(steps, key=lambda step: step.total)
@@ -123,9 +143,14 @@ def step_of(
         account.purpose = AVERAGE
         average = [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())]
         account.purpose = OPTIMIZER
-        moments = [
-            torch.empty_like(p) for each in stages[: stage + 1] for p in (*each.parameters(),) * 2
-        ]
+        muon = config.optimizer == "muon"
+        turned = [p for each in stages for p in parameter_groups(each)[0]] if muon else []
+        once = {id(p) for p in turned}  # parameters with one moment; the others have two
+        moments = {
+            p: [torch.empty_like(p) for _ in range(1 if id(p) in once else 2)]
+            for each in stages[: stage + 1]
+            for p in each.parameters()
+        }
         parameters = [p for each in trained for p in each.parameters()]
         hooks = [
             p.register_post_accumulate_grad_hook(
@@ -134,7 +159,7 @@ def step_of(
             for p in parameters
         ]
         account.purpose = FORWARD
-        images, context = _batch(config)
+        images, context = empty_batch(config)
         x = dequantize(images, config.n_bits)
         parts = [t.chunk(config.accumulate) for t in ((x,) if context is None else (x, context))]
         for part in [*zip(*parts, strict=True)][:2]:  # any later part is like the second
@@ -147,7 +172,11 @@ def step_of(
         gradients = [cast(Tensor, p.grad) for p in parameters]
         account.add("norm of the gradients", gradients, [])
         account.add("clip", gradients, gradients)
-        own = moments[-2 * len(parameters) :]
+        account.purpose = BACKWARD
+        for p in parameters:
+            if id(p) in once:
+                orthogonal(cast(Tensor, p.grad).flatten(1))
+        own = [moment for p in parameters for moment in moments[p]]
         account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
         account.add("average", [*parameters, *parameters], parameters)
         for hook in hooks:
@@ -168,7 +197,7 @@ def empty_model(config: RunConfig) -> HierarchicalFlow:
     return model
 
 
-def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
+def empty_batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
     images = torch.empty(config.batch_size, *config.image_shape, dtype=torch.uint8, device="meta")
     if not config.class_names:
         return images, None
@@ -185,7 +214,7 @@ def _loss(
 
 
 def checkpoint_bytes(steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments.
+    """Return the size of the last checkpoint: weights, buffers, their average, two moments.
 
     Args:
         steps: of all stages.
@@ -204,7 +233,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     with counting(account), torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             account.allocated(t)
-        images, context = _batch(one)
+        images, context = empty_batch(one)
         stage_sums(model, dequantize(images, config.n_bits), context)
         return account.at_peak.total()
 

@@ -32,6 +32,7 @@ from mflow_kernels.training.conditions import bound_conditions, largest_conditio
 from mflow_kernels.training.coupling_networks import parameter_groups
 from mflow_kernels.training.graphs import StepGraphs, can_capture
 from mflow_kernels.training.guard import StepGuard, mean_over_ranks, problem_of
+from mflow_kernels.training.muon import MuonAdamW
 from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
@@ -177,14 +178,15 @@ class FlowTraining(LightningModule):
     def configure_optimizers(self) -> Any:
         groups, rates = [], []
         for index, stage in enumerate(self.model.stages):
-            decays = self._config.weight_decay, 0.0
-            for parameters, decay in zip(parameter_groups(stage), decays, strict=True):
-                # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
-                group = {"params": parameters, "weight_decay": decay, "initial_lr": 1.0}
-                groups.append(group)
-                rates.append(self._rate_of_stage(index))
-        # The fused optimizer can skip a step by a flag on the device.
-        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
+            networks, others = parameter_groups(stage)
+            decay, muon = self._config.weight_decay, self._config.optimizer == "muon"
+            # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
+            groups += [
+                {"params": networks, "weight_decay": decay, "initial_lr": 1.0, "muon": muon},
+                {"params": others, "weight_decay": 0.0, "initial_lr": 1.0, "muon": False},
+            ]
+            rates += [self._rate_of_stage(index)] * 2
+        optimizer = MuonAdamW(groups, lr=1.0)
         step = self.global_step
         if self._checkpoint is not None:
             state = {**optimizer.state_dict(), "state": self._checkpoint.moments}

@@ -1,5 +1,6 @@
 """`mflow train`, once the run is checked: train, draw pictures and evaluate."""
 
+import dataclasses
 import logging
 import shlex
 import sys
@@ -23,6 +24,7 @@ from mflow_kernels.runs.folder import EVALUATION, create_run, record_changes
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.checkpoints import CheckpointFiles, Checkpoints
 from mflow_kernels.training.checks import CheckedRun, Loaded
+from mflow_kernels.training.compilation import compile_kernels
 from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.loops import resume_loops
@@ -82,6 +84,11 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
     training = FlowTraining(run.model, run.splits, config, run.checkpoint)
     if config.compile:
         compile_networks(run.model)
+    world, local = run.ranks.world, run.ranks.local
+    if run.device.type == "cuda" and run.ranks.rank % local == 0:
+        # The other ranks of this machine wait for this one where `fit` connects them.
+        own = dataclasses.replace(config, batch_size=config.batch_size // world)
+        compile_kernels(own, run.device)
     schedule, step = training.schedule, run.first_step
     # The checkpoint was written before validation, which may have been interrupted. Validation
     # gives the same numbers when it runs again.

@@ -152,7 +152,7 @@ CRAFTED = {
 def expected(trained):
     model = build_model(read_config(trained))
     groups = [group for stage in model.stages for group in parameter_groups(stage)]
-    return Expected(checkpoint_tensors(model), [p for group in groups for p in group], 2, 10)
+    return Expected(checkpoint_tensors(model), [(p, 2) for group in groups for p in group], 2, 10)
 
 
 @pytest.mark.parametrize("kind", CRAFTED)

@@ -245,7 +245,7 @@ class TestExports:
 
 
 SPLINES = "--coupling spline --bins 3 --stage-coupling spline --stage-bins 4"
-JET = "--flow jet --patch 2 --couplings 3 --depth 1 --heads 2 --width 4"
+JET = "--optimizer muon --flow jet --patch 2 --couplings 3 --depth 1 --heads 2 --width 4"
 
 
 @pytest.mark.parametrize("options", [SPLINES, JET], ids=["splines", "jet"])

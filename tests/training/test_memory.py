@@ -66,6 +66,7 @@ CASES = {
     "another stage": {"steps": 1, "width": 8, "stages": [StageOptions(16, width=256)]},
     "accumulated": {"steps": 4, "width": 64, "accumulate": 4, "reversible": False},
     "jet": {"flow": "jet", "couplings": 6, "width": 32},
+    "muon": {"steps": 2, "width": 128, "optimizer": "muon"},
     "jet, stored": {"flow": "jet", "couplings": 6, "width": 32, "reversible": False},
     "splines": {"steps": 4, "width": 64, "coupling": "spline"},
     "released": {

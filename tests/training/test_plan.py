@@ -16,7 +16,13 @@ from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import checkpoint_bytes, resolve_config, step_of, walk
+from mflow_kernels.training.memory import (
+    checkpoint_bytes,
+    choose_states,
+    resolve_config,
+    step_of,
+    walk,
+)
 from mflow_kernels.training.plan import ROOFLINE_SHARE, describe_fit, optimizer_steps, parse_memory
 
 
@@ -117,7 +123,7 @@ class TestCommand:
     def test_preset(self, capsys):
         preset = ["--preset", "celeba64", "--steps", "1"]
         out = self.plan(capsys, *preset, "--gpu-memory", "80GB", "--images", "162770")
-        options = {**preset_options("celeba64"), "steps": 1}
+        options = {**preset_options("celeba64"), "steps": 1, "reversible": False}
         config = resolve_config(TrainConfig(**options), None, gpu=True)
         steps = 60 * (162770 // 128)
         step = step_of(config, 0)
@@ -186,7 +192,30 @@ class TestAdvice:
         text = self.fit(stored, parse_memory("2GB"))
         assert text.startswith("Does not fit")
         assert "--reversible fits" in text
-        assert "--reversible" not in self.fit(stored, parse_memory("80GB"))
+        assert "With --reversible it takes" in self.fit(stored, parse_memory("80GB"))
+
+    @pytest.mark.parametrize(
+        ("memory", "option", "processes", "stores"),
+        [
+            ("80GB", None, 1, True),
+            ("80GB", True, 1, False),
+            ("3GB", None, 1, False),
+            ("3GB", False, 1, True),
+            ("3GB", None, 64, True),  # each of them has two images
+        ],
+    )
+    def test_states_are_stored_where_a_card_has_room(self, memory, option, processes, stores):
+        options = TrainConfig(**{**preset_options("celeba64"), "steps": 2, "reversible": option})
+        resolved = options.resolve((3, 64, 64))
+        assert resolved.reversible is (option is not False)  # also on a CPU
+        choose_states(resolved, options, parse_memory(memory), processes)
+        assert resolved.reversible is not stores
+
+    def test_the_plan_is_of_the_training_that_a_card_would_run(self, capsys):
+        tiny = ["--image-size", "16", "--levels", "1", "--manifold-dim", "8", "--stages", "[]"]
+        for memory, states in (("80GB", "States stored"), ("100MB", "States rebuilt")):
+            assert main(["plan", *tiny, "--gpu-memory", memory]) == 0
+            assert states in capsys.readouterr().out
 
     def test_no_word_on_a_batch_that_is_not_larger(self):
         assert "Nobody" not in self.fit(self.CONFIG, parse_memory("500MB"))
