@@ -41,6 +41,7 @@ CHANGES = "changes.csv"
 CHANGEABLE_OPTIONS = (
     "learning_rate",
     "stage_learning_rate",
+    "schedule",
     "epochs",
     "stage_epochs",
     "max_steps",

@@ -14,6 +14,7 @@ Weight = float | Literal["variance"]
 Coupling = Literal["affine", "spline"]
 ImageFlow = Literal["glow", "jet"]
 Optimizer = Literal["adamw", "muon"]
+RateSchedule = Literal["cosine", "constant"]
 MAX_BINS = 64
 
 
@@ -220,7 +221,9 @@ class TrainingOptions:
         max_steps: Optimizer steps in each stage, instead of epochs.
         optimizer: AdamW, or Muon for the weights of the coupling networks and AdamW for the rest.
             Muon wants about half of AdamW's learning rate.
-        learning_rate: Highest learning rate, after warm-up; it then falls along a cosine.
+        learning_rate: Highest learning rate, after warm-up.
+        schedule: Course of the learning rate after warm-up: cosine, which ends at a fiftieth of the
+            highest rate, or constant.
         warm_up: Steps at the start of each stage in which the learning rate rises; at most a fifth
             of the stage.
         weight_decay: Weight decay, as AdamW's, on the weights of the coupling networks.
@@ -252,6 +255,7 @@ class TrainingOptions:
     max_steps: int | None = None
     optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-2
+    schedule: RateSchedule = "cosine"
     warm_up: int = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -20,8 +20,13 @@ def compile_networks(model: nn.Module, **options: Any) -> None:
 
 def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split a stage's parameters into the weights of its coupling networks, to which weight decay
-    applies, and all others."""
-    weights = {id(p) for net in _networks(stage) for p in net.parameters() if p.dim() > 1}
+    applies, and all others. The positions of a Jet's tokens are added to them, as biases are."""
+    weights = {
+        id(p)
+        for net in _networks(stage)
+        for name, p in net.named_parameters()
+        if p.dim() > 1 and name.rpartition(".")[2] != "position"
+    }
     parameters = list(stage.parameters())
     return [p for p in parameters if id(p) in weights], [
         p for p in parameters if id(p) not in weights

@@ -433,8 +433,11 @@ class FlowTraining(LightningModule):
         return rate
 
     def _learning_rate(self, stage: int, done: int) -> float:
-        """Return the learning rate after `done` steps of a stage: a linear warm-up and a cosine."""
+        """Return the learning rate after `done` steps of a stage: a linear warm-up, then a cosine
+        or a constant."""
         steps = self.schedule.steps(stage)
         warm_up = max(1, min(self._config.warm_up, steps // 5))
-        falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
-        return self._highest_rates[stage] * min((done + 1) / warm_up, falling)
+        rate = 1.0
+        if self._config.schedule == "cosine":
+            rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        return self._highest_rates[stage] * min((done + 1) / warm_up, rate)

@@ -237,6 +237,13 @@ class TestStages:
             [earlier[1], earlier[1], 0.0005],
         ]
 
+    def test_a_run_can_resume_with_a_constant_rate(self, command, tmp_path, monkeypatch):
+        train_until(4, [*command, "--save-steps", "1"], monkeypatch)
+        assert main([*command, "--resume", "--schedule", "constant"]) == 0
+        rates = [float(row["learning_rate"]) for row in rows(tmp_path / "run")]
+        assert rates[1] < rates[0] == pytest.approx(0.002)
+        assert rates[4:] == pytest.approx([0.0025, 0.0025])  # the highest of a further stage
+
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
         command = [*command, *self.OPTIONS, "--release", "--error-bound", "0.001"]
