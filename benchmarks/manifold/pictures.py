@@ -40,14 +40,14 @@ def draw_frontier(
 
     Args:
         rows: runs of each set of images, with a point for each and a marker for their mean.
-        others: runs with other weights; a line joins the means of each weight.
+        others: runs of one rate with several weights; a line joins the means of each weight.
     """
     sets = [name for name, found in rows.items() if found]
     figure = Figure(figsize=(9, 3.4 * len(sets) + 1), layout="constrained")
     for line, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
-            _lines(axis, rows[name], others.get(name, []), metric)
+            _lines(axis, others.get(name, []), metric)
             axis.set(title=f"{name} (lower left is better)", xlabel=LABELS["squared_error"])
             _scales(axis, metric)
     _save_with_legend(path, figure, axis)
@@ -90,9 +90,9 @@ def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
         )  # fmt: skip
 
 
-def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) -> None:
+def _lines(axis: Axes, others: Sequence[Row], metric: str) -> None:
     for method in dict.fromkeys(row["method"] for row in others):
-        found = _made([*rows, *others], method)
+        found = _made(others, method)
         xs, ys = [], []
         for weight in sorted({row["weight"] for row in found}):
             seeds = [row for row in found if row["weight"] == weight]
