@@ -15,6 +15,7 @@ from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
 
+COLUMNS = 8  # images of each method
 LABELS = {
     "bits": "bits per dimension",
     "squared_error": "reconstruction error (MSE)",
@@ -24,12 +25,13 @@ LABELS = {
 
 def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> None:
     """Draw samples of every method's first seed."""
-    shown = {"test images": test[:12]}
+    shown = {"test images": test[:COLUMNS]}
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
             kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
             label = RECIPES[row["method"]].short or row["method"]
-            shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+            images = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+            shown[label] = images[:COLUMNS]
     draw_images(path, f"{name}: samples", shown)
 
 
