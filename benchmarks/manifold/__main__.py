@@ -1,9 +1,9 @@
 """Compare manifold flows with other methods, and measure how well they recover known manifolds.
 
-The parts are digits and patches (small real images) and points (curves and surfaces of known
-density). Each run is a JSON file in the output folder, and a run whose file exists is not repeated.
-Each part writes tables (Markdown) and pictures (PNG). All parts take about two hours of CPU time in
-one process, and with `--quick` about five minutes.
+The parts are digits and patches (small real images), longer trainings of some methods on digits,
+and points (curves and surfaces of known density). Each run is a JSON file in the output folder, and
+a run whose file exists is not repeated. Each part writes tables (Markdown) and pictures (PNG). All
+parts take about four hours of CPU time in one process, and with `--quick` about five minutes.
 """
 
 import argparse

@@ -285,7 +285,7 @@ def report(name: str, store: Store) -> dict[str, str]:
     images, judged = SETS[name](), judge(name)
     pictures.draw_samples(store.folder / f"samples_{name}.png", name, rows, images.test.images)
     found = {n: finals(store, n, "digits") for n in SETS}
-    frontier = _other_weights(store, found["digits"])
+    frontier = _other_weights(store)
     pictures.draw_frontier(store.folder / "frontier.png", found, {"digits": frontier})
     n = len(images.test.images)
     floor = judged.frechet(images.train.images[:n], images.test)
@@ -304,10 +304,9 @@ def report(name: str, store: Store) -> dict[str, str]:
         return {name: "\n".join(main), f"{name}-details": "\n".join(details) + "\n"}
     details += ["The sweep, on seed 0:\n"]
     details += [tables.sweep(store.rows("digits-run-"), "Frechet distance", by_bits=True)]
-    shown = [row | {"weight": f"{row['weight']:g}"} for row in in_order([*frontier, *rows])]
-    shown = [row for row in shown if row["method"] in FRONTIER]
-    details += ["Other weights:\n"]
-    details += [markdown(shown, {"method": "method", "weight": "weight"}, METRICS)]
+    shown = [row | {n: f"{row[n]:g}" for n in ("rate", "weight")} for row in frontier]
+    keys = {"method": "method", "rate": "learning rate", "weight": "weight"}
+    details += ["Other weights:\n", markdown(shown, keys, METRICS)]
     return {
         name: "\n".join(main),
         f"{name}-details": "\n".join(details) + "\n",
@@ -329,19 +328,18 @@ def _budgets(store: Store) -> str:
     return markdown(shown, keys, METRICS | FURTHER | about) + about_runs(shown)
 
 
-def _other_weights(store: Store, rows: list[Row]) -> list[Row]:
-    """Return the runs with the same rate as those of the comparison, and another weight."""
-    best = {row["method"]: (row["rate"], row["weight"]) for row in rows}
-    return in_order(
-        [
-            row
-            for row in store.rows("digits-run-")
-            if row["method"] in FRONTIER
-            and row["method"] in best
-            and row["rate"] == best[row["method"]][0]
-            and row["weight"] != best[row["method"]][1]
-        ]
-    )
+def _other_weights(store: Store) -> list[Row]:
+    """Return the runs of each method of FRONTIER at the rate with which most weights were tried."""
+    found = []
+    for method in FRONTIER:
+        rows = [row for row in store.rows("digits-run-") if row["method"] == method]
+        weights: dict[float, set[float]] = {}
+        for row in rows:
+            weights.setdefault(row["rate"], set()).add(row["weight"])
+        most = max(weights, key=lambda rate: len(weights[rate]), default=None)
+        if most is not None and len(weights[most]) > 1:
+            found += [row for row in rows if row["rate"] == most]
+    return in_order(found)
 
 
 def _flat(row: Row) -> Row:

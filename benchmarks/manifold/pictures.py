@@ -15,6 +15,7 @@ from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
 
+COLUMNS = 8  # images of each method
 LABELS = {
     "bits": "bits per dimension",
     "squared_error": "reconstruction error (MSE)",
@@ -24,12 +25,13 @@ LABELS = {
 
 def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> None:
     """Draw samples of every method's first seed."""
-    shown = {"test images": test[:12]}
+    shown = {"test images": test[:COLUMNS]}
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
             kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
             label = RECIPES[row["method"]].short or row["method"]
-            shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+            images = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+            shown[label] = images[:COLUMNS]
     draw_images(path, f"{name}: samples", shown)
 
 
@@ -40,14 +42,14 @@ def draw_frontier(
 
     Args:
         rows: runs of each set of images, with a point for each and a marker for their mean.
-        others: runs with other weights; a line joins the means of each weight.
+        others: runs of one rate with several weights; a line joins the means of each weight.
     """
     sets = [name for name, found in rows.items() if found]
     figure = Figure(figsize=(9, 3.4 * len(sets) + 1), layout="constrained")
     for line, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
-            _lines(axis, rows[name], others.get(name, []), metric)
+            _lines(axis, others.get(name, []), metric)
             axis.set(title=f"{name} (lower left is better)", xlabel=LABELS["squared_error"])
             _scales(axis, metric)
     _save_with_legend(path, figure, axis)
@@ -90,9 +92,9 @@ def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
         )  # fmt: skip
 
 
-def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) -> None:
+def _lines(axis: Axes, others: Sequence[Row], metric: str) -> None:
     for method in dict.fromkeys(row["method"] for row in others):
-        found = _made([*rows, *others], method)
+        found = _made(others, method)
         xs, ys = [], []
         for weight in sorted({row["weight"] for row in found}):
             seeds = [row for row in found if row["weight"] == weight]
