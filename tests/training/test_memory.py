@@ -303,7 +303,7 @@ def test_sizes(text, size):
 class TestCommand:
     def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(memory_module, "Glow", meta_only(memory_module.Glow))
+        monkeypatch.setattr(memory_module, "build", meta_only(memory_module.build))
         monkeypatch.setattr(memory_module, "build_model", meta_only(build_model))
         options = "--image-size 256 --levels 6 --steps 4 --width 512 --batch-size 16"
         assert main(["plan", *options.split(), "--gpu-memory", "80GB"]) == 0
