@@ -225,9 +225,9 @@ def chaiyujin_weights(affine=True, classes=0):
         v[f"{name}.weight"], v[f"{name}.bias"] = draw(g, c_out, c_in, 3, 3), draw(g, c_out)
         v[f"{name}.logs"] = draw(g, c_out, 1, 1, by=0.1)
 
-    place = 0
     for level, c in enumerate(level_channels()):
-        for place in range(place + 1, place + 1 + STEPS):
+        first = level * (STEPS + 2) + 1  # after the squeeze
+        for place in range(first, first + STEPS):
             at = f"flow.layers.{place}"
             actnorm(at, c)
             v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(
@@ -238,9 +238,7 @@ def chaiyujin_weights(affine=True, classes=0):
                 actnorm(f"{at}.f.{i}", WIDTH)
             zero_conv(f"{at}.f.4", WIDTH, c if affine else c // 2)
         if level + 1 < LEVELS:
-            place += 1
-            zero_conv(f"flow.layers.{place}.conv", c // 2, c)
-            place += 1
+            zero_conv(f"flow.layers.{first + STEPS}.conv", c // 2, c)
     zero_conv("learn_top", 2 * c, 2 * c)
     v["prior_h"] = np.zeros((4, 2 * c, 2, 2))
     if classes:
@@ -354,7 +352,7 @@ def test_chaiyujin(affine, tmp_path):
 
 def test_chaiyujin_classes():
     weights, x = chaiyujin_weights(classes=4), images()
-    with pytest.raises(ValueError, match="label: expected a class from 0 to 3.*got None"):
+    with pytest.raises(ValueError, match=r"label: expected a class from 0 to 3.*got None"):
         glow_from_chaiyujin(weights, SHAPE)
     for label in (0, 3):
         glow = glow_from_chaiyujin(weights, SHAPE, label=label)
@@ -380,6 +378,6 @@ def test_other_checkpoints_raise():
     weights = chaiyujin_weights()
     with pytest.raises(ValueError, match=r"expected 'flow.layers.1.actnorm.bias'"):
         glow_from_chaiyujin({}, SHAPE)
+    weights.pop("flow.layers.5.invconv.weight")
     with pytest.raises(ValueError, match=r"flow.layers.5.invconv.weight': only plain 1x1"):
-        weights.pop("flow.layers.5.invconv.weight")
         glow_from_chaiyujin(weights, SHAPE)
