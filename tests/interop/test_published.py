@@ -225,10 +225,14 @@ def chaiyujin_weights(affine=True, classes=0):
         v[f"{name}.weight"], v[f"{name}.bias"] = draw(g, c_out, c_in, 3, 3), draw(g, c_out)
         v[f"{name}.logs"] = draw(g, c_out, 1, 1, by=0.1)
 
-    place = 0
     for level, c in enumerate(level_channels()):
+<<<<<<< HEAD
         for _ in range(STEPS):
             place += 1
+=======
+        first = level * (STEPS + 2) + 1  # after the squeeze
+        for place in range(first, first + STEPS):
+>>>>>>> real
             at = f"flow.layers.{place}"
             actnorm(at, c)
             v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(
@@ -239,9 +243,7 @@ def chaiyujin_weights(affine=True, classes=0):
                 actnorm(f"{at}.f.{i}", WIDTH)
             zero_conv(f"{at}.f.4", WIDTH, c if affine else c // 2)
         if level + 1 < LEVELS:
-            place += 1
-            zero_conv(f"flow.layers.{place}.conv", c // 2, c)
-            place += 1
+            zero_conv(f"flow.layers.{first + STEPS}.conv", c // 2, c)
     zero_conv("learn_top", 2 * c, 2 * c)
     v["prior_h"] = np.zeros((4, 2 * c, 2, 2))
     if classes:
