@@ -226,13 +226,8 @@ def chaiyujin_weights(affine=True, classes=0):
         v[f"{name}.logs"] = draw(g, c_out, 1, 1, by=0.1)
 
     for level, c in enumerate(level_channels()):
-<<<<<<< HEAD
-        for _ in range(STEPS):
-            place += 1
-=======
         first = level * (STEPS + 2) + 1  # after the squeeze
         for place in range(first, first + STEPS):
->>>>>>> real
             at = f"flow.layers.{place}"
             actnorm(at, c)
             v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(
