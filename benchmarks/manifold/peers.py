@@ -83,7 +83,7 @@ class Autoencoder(Chart):
         self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
-        code = self.encoder(x, *given(context, x, self.encoder))
+        code = self.code(x, context)
         prior = None if stages == 1 else self.prior_flow
         return code if prior is None else prior.encode(code, context=context)
 
@@ -93,6 +93,14 @@ class Autoencoder(Chart):
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
         prior = None if stages == 1 else self.prior_flow
         code = u if prior is None else prior.decode(u, context=context)
+        return self.point(code, context)
+
+    def code(self, x: Tensor, context: Context | None) -> Tensor:
+        """Return the code (N, d) of x, before the prior."""
+        return self.encoder(x, *given(context, x, self.encoder))
+
+    def point(self, code: Tensor, context: Context | None) -> Tensor:
+        """Return the x of a code (N, d)."""
         return self.decoder(code, *given(context, code, self.decoder))
 
 
@@ -119,19 +127,13 @@ class VariationalAutoencoder(Autoencoder):
         check_count("samples", samples, 1)
         self.samples = samples
 
-    def encode(
-        self, x: Tensor, *, stages: int | None = None, context: Context | None = None
-    ) -> Tensor:
-        """Return the coordinates of the mean of q(code | x), as `Autoencoder.encode`."""
-        code = self.encoder(x).chunk(2, 1)[0]
-        prior = None if stages == 1 else self.prior_flow
-        return code if prior is None else prior.encode(code)
+    def code(self, x: Tensor, context: Context | None) -> Tensor:
+        """Return the mean of q(code | x)."""
+        return _normal(self.encoder(x)).mean
 
-    def decode(
-        self, u: Tensor, *, stages: int | None = None, context: Context | None = None
-    ) -> Tensor:
-        """Return the mean of p(x | code), as `Autoencoder.decode`."""
-        return self._decoded(self._code(u, stages)).mean
+    def point(self, code: Tensor, context: Context | None) -> Tensor:
+        """Return the mean of p(x | code)."""
+        return _normal(self.decoder(code)).mean
 
     def lift(
         self,
@@ -142,7 +144,7 @@ class VariationalAutoencoder(Autoencoder):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw x from p(x | code), with its deviation scaled; return x and log p(x | code) (N,)."""
-        given = self._decoded(self._code(u, None))
+        given = _normal(self.decoder(u if self.prior_flow is None else self.prior_flow.decode(u)))
         noise = torch.randn(given.mean.shape, generator=generator)
         x = given.mean + temperature * given.stddev * noise
         return x, given.log_prob(x).flatten(1).sum(1)
@@ -162,7 +164,7 @@ class VariationalAutoencoder(Autoencoder):
         training stays at a large error.
         """
         code, log_q = self.draw(x, generator)
-        given = self._decoded(code)
+        given = _normal(self.decoder(code))
         bound = given.log_prob(x).flatten(1).sum(1) - log_q - normal_score(code)
         error = _squared_error(x, given.mean)
         return (1 - likelihood) * weight / 2 * error - likelihood * bound
@@ -178,7 +180,7 @@ class VariationalAutoencoder(Autoencoder):
         logs = []
         for _ in range(self.samples):
             code, log_q = self.draw(x, generator)
-            likelihood = self._decoded(code).log_prob(x).flatten(1).sum(1)
+            likelihood = _normal(self.decoder(code)).log_prob(x).flatten(1).sum(1)
             logs.append(likelihood + _log_prior(self, code) - log_q)
         return torch.stack(logs).logsumexp(0) - math.log(self.samples)
 
@@ -187,14 +189,6 @@ class VariationalAutoencoder(Autoencoder):
         given = _normal(self.encoder(x))
         code = given.mean + given.stddev * torch.randn(given.mean.shape, generator=generator)
         return code, given.log_prob(code).sum(1)
-
-    def _decoded(self, code: Tensor) -> Normal:
-        """Return p(x | code)."""
-        return _normal(self.decoder(code))
-
-    def _code(self, u: Tensor, stages: int | None) -> Tensor:
-        prior = None if stages == 1 else self.prior_flow
-        return u if prior is None else prior.decode(u)
 
 
 def _normal(numbers: Tensor) -> Normal:

@@ -31,9 +31,7 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int  # number of optimizer steps taken
     tensors: dict[str, Tensor]  # weights, averaged weights, and the guard's statistics
-    moments: dict[
-        int, dict[str, Tensor]
-    ]  # the optimizer's state of each parameter that was trained
+    moments: dict[int, dict[str, Tensor]]  # the optimizer's state of each trained parameter
     grad_scaler: dict[str, float]  # empty unless the networks are in float16
     progress: Progress | None  # None in a checkpoint of an earlier version
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, cast
 
 import torch
 from filelock import FileLock
-from torch import nn
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
@@ -32,8 +31,8 @@ from mflow_kernels.runs.folder import (
     read_manifest,
 )
 from mflow_kernels.training.callbacks import read_metrics
-from mflow_kernels.training.coupling_networks import parameter_groups
 from mflow_kernels.training.memory import choose_states
+from mflow_kernels.training.muon import moments_of
 from mflow_kernels.training.schedule import Schedule
 
 
@@ -206,11 +205,7 @@ def _resumable(
             f"data: expected the images that the run was trained on, but these differ: {different}"
         )
     read_metrics(folder / METRICS)
-    moments: list[tuple[nn.Parameter, int]] = []
-    for stage in model.stages:
-        networks, others = parameter_groups(stage)
-        moments += [(p, 1 if config.optimizer == "muon" else 2) for p in networks]
-        moments += [(p, 2) for p in others]
+    moments = [found for stage in model.stages for found in moments_of(stage, config.optimizer)]
     expected = Expected(checkpoint_tensors(model), moments, len(model.stages), len(splits.train))
     checkpoint = newest_checkpoint(folder, expected)
     if checkpoint is None or checkpoint.progress is not None:

@@ -25,13 +25,12 @@ from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import architecture, build_model
 from mflow_kernels.training.account import Account, Kernel, counting, nbytes
-from mflow_kernels.training.coupling_networks import parameter_groups
-from mflow_kernels.training.muon import orthogonal
+from mflow_kernels.training.muon import moments_of, orthogonal
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
 PARAMETERS, AVERAGE = "parameters and buffers", "averaged weights"
-OPTIMIZER, GRADIENTS = "optimizer (AdamW)", "gradients of the parameters"
+OPTIMIZER, GRADIENTS = "moments of the optimizer", "gradients of the parameters"
 FORWARD = "images, latents and what the forward pass keeps"
 BACKWARD = "backward pass: one step of flow, and gradients"
 LIBRARIES = 2 * 10**9  # bytes for the CUDA context, cuDNN, and blocks that the allocator keeps
@@ -46,6 +45,7 @@ class Step:
         stage: from 0.
         parameters: number of parameters of the stage's flow.
         weights: bytes of the parameters and buffers of all stages.
+        moments: bytes of the optimizer's moments of the stage's flow.
         kernels: what a GPU launches, the optimizer included.
         peak: bytes in use when most are, by `PURPOSES`.
         model: that took the step, on meta tensors.
@@ -54,6 +54,7 @@ class Step:
     stage: int
     parameters: int
     weights: int
+    moments: int
     kernels: list[Kernel]
     peak: dict[str, int]
     model: HierarchicalFlow
@@ -143,13 +144,10 @@ def step_of(
         account.purpose = AVERAGE
         average = [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())]
         account.purpose = OPTIMIZER
-        muon = config.optimizer == "muon"
-        turned = [p for each in stages for p in parameter_groups(each)[0]] if muon else []
-        once = {id(p) for p in turned}  # parameters with one moment; the others have two
         moments = {
-            p: [torch.empty_like(p) for _ in range(1 if id(p) in once else 2)]
+            p: [torch.empty_like(p) for _ in range(count)]
             for each in stages[: stage + 1]
-            for p in each.parameters()
+            for p, count in moments_of(each, config.optimizer)
         }
         parameters = [p for each in trained for p in each.parameters()]
         hooks = [
@@ -174,7 +172,7 @@ def step_of(
         account.add("clip", gradients, gradients)
         account.purpose = BACKWARD
         for p in parameters:
-            if id(p) in once:
+            if len(moments[p]) == 1:
                 orthogonal(cast(Tensor, p.grad).flatten(1))
         own = [moment for p in parameters for moment in moments[p]]
         account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
@@ -182,9 +180,17 @@ def step_of(
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    count = sum(p.numel() for p in stages[stage].parameters())
+    own_parameters = list(stages[stage].parameters())
     peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
-    return Step(stage, count, sum(nbytes(t) for t in average), account.kernels, peak, model)
+    return Step(
+        stage,
+        sum(p.numel() for p in own_parameters),
+        sum(nbytes(t) for t in average),
+        sum(nbytes(t) for p in own_parameters for t in moments[p]),
+        account.kernels,
+        peak,
+        model,
+    )
 
 
 def empty_model(config: RunConfig) -> HierarchicalFlow:
@@ -214,12 +220,12 @@ def _loss(
 
 
 def checkpoint_bytes(steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, two moments.
+    """Return the size of the last checkpoint: weights, buffers, their average, and moments.
 
     Args:
         steps: of all stages.
     """
-    return 2 * steps[0].weights + 8 * sum(step.parameters for step in steps)
+    return 2 * steps[0].weights + sum(step.moments for step in steps)
 
 
 def evaluation_memory(config: RunConfig, batch: int) -> int:

@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mflow_kernels.training.coupling_networks import parameter_groups
 
 _MOMENTUM = 0.95
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # those of Muon's author
@@ -60,6 +62,12 @@ class MuonAdamW(torch.optim.AdamW):
         state["step"] += 1 - skips.float()
         state["exp_avg"].copy_(torch.where(skips, state["exp_avg"], momentum))
         weight.sub_(torch.where(skips, 0.0, update))
+
+
+def moments_of(stage: nn.Module, optimizer: str) -> list[tuple[nn.Parameter, int]]:
+    """Return a stage's parameters in the optimizer's order, with the number of moments of each."""
+    networks, others = parameter_groups(stage)
+    return [(p, 1 if optimizer == "muon" else 2) for p in networks] + [(p, 2) for p in others]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

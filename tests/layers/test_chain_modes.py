@@ -242,7 +242,7 @@ def test_autocast_leaves_float64_alone(reversible: bool) -> None:
 @compiles
 @pytest.mark.parametrize("reversible", [True, False])
 def test_a_compiled_function_may_call_backward(reversible: bool) -> None:
-    """The backward pass of six steps compiles nothing again for each of them."""
+    """The backward pass of six steps is compiled once, and not for each step."""
     torch.compiler.reset()
     chain = perturbed(ReversibleChain([FlowStep(4, width=4) for _ in range(6)])).double()
     chain.reversible = reversible

@@ -37,7 +37,7 @@ def train(flow: nn.Module, x: Tensor) -> None:
 
 
 def one_rank(rank: int, folder: Path) -> None:
-    """What a rank computes for the tests. One pair of processes serves them all."""
+    """Compute and save what all tests check on one rank, so that they share a pair of processes."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)

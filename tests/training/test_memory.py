@@ -220,7 +220,7 @@ def stored_jet(shape):
     ],
 )
 def test_the_predicted_peak_of_other_flows_is_the_measured_one(build, shape, domain):
-    """The account has no code for these flows, and the command line lacks most of them."""
+    """The account has no lines about these flows, and `mflow train` has no option for most."""
 
     def model():
         objective = ManifoldObjective(domain, "l2", 10.0)
