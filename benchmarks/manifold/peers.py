@@ -83,7 +83,7 @@ class Autoencoder(Chart):
         self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
-        code = self.code(x, context)
+        code = self._code(x, context)
         prior = None if stages == 1 else self.prior_flow
         return code if prior is None else prior.encode(code, context=context)
 
@@ -93,13 +93,13 @@ class Autoencoder(Chart):
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
         prior = None if stages == 1 else self.prior_flow
         code = u if prior is None else prior.decode(u, context=context)
-        return self.point(code, context)
+        return self._point(code, context)
 
-    def code(self, x: Tensor, context: Context | None) -> Tensor:
+    def _code(self, x: Tensor, context: Context | None) -> Tensor:
         """Return the code (N, d) of x, before the prior."""
         return self.encoder(x, *given(context, x, self.encoder))
 
-    def point(self, code: Tensor, context: Context | None) -> Tensor:
+    def _point(self, code: Tensor, context: Context | None) -> Tensor:
         """Return the x of a code (N, d)."""
         return self.decoder(code, *given(context, code, self.decoder))
 
@@ -127,11 +127,11 @@ class VariationalAutoencoder(Autoencoder):
         check_count("samples", samples, 1)
         self.samples = samples
 
-    def code(self, x: Tensor, context: Context | None) -> Tensor:
+    def _code(self, x: Tensor, context: Context | None) -> Tensor:
         """Return the mean of q(code | x)."""
         return _normal(self.encoder(x)).mean
 
-    def point(self, code: Tensor, context: Context | None) -> Tensor:
+    def _point(self, code: Tensor, context: Context | None) -> Tensor:
         """Return the mean of p(x | code)."""
         return _normal(self.decoder(code)).mean
 
