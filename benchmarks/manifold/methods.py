@@ -47,6 +47,7 @@ class Networks:
         flow, wide_flow: build an invertible flow on x, and one with as many parameters as `flow`
             and `prior` together.
         prior: builds a flow on the coordinates.
+        spline_prior, tarflow_prior: build other flows on the coordinates.
         components: number of Gaussians in the mixture at the end of the prior flow.
         jet, tarflow: build transformer flows on x.
         autoencoder: builds an encoder and a decoder with about as many parameters as `flow` or, if
@@ -65,6 +66,8 @@ class Networks:
     autoencoder: Callable[[bool], tuple[nn.Module, nn.Module]]
     deviation: float
     components: int = 1
+    spline_prior: Callable[[], Bijection] | None = None
+    tarflow_prior: Callable[[], Bijection] | None = None
     jet: Callable[[], Bijection] | None = None
     tarflow: Callable[[], Bijection] | None = None
     variational: Callable[[], tuple[nn.Module, nn.Module]] | None = None
@@ -88,10 +91,13 @@ def one_stage(flow: Bijection, dim: int, objective: ManifoldObjective) -> Method
 
 
 def hierarchy(
-    networks: Networks, objective: ManifoldObjective, flow: Bijection | None = None
+    networks: Networks,
+    objective: ManifoldObjective,
+    flow: Bijection | None = None,
+    prior: Bijection | None = None,
 ) -> Method:
     """Train a manifold flow with an objective, then a prior flow on its u."""
-    model = _two_stages(networks, objective, flow)
+    model = _two_stages(networks, objective, flow, prior)
     first = _first_phase(model, CHART_SHARE, _objective(model))
     phases = [first, _prior_phase(model, networks)]
     return Method(model, phases, density=True, ambient=objective is NORMAL)
@@ -274,6 +280,18 @@ RECIPES = {
     "penalized, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight)),
         "tab:red", "*", "pen., hierarchy", weighted=True, weight=WEIGHT),
+    # The same, with splines in the prior's couplings, or a transformer flow (arXiv 2412.06329) as
+    # prior: training needs no inverse of it.
+    "penalized, hierarchy, spline prior": Recipe(
+        lambda networks, weight, _: hierarchy(
+            networks, _penalty(weight), prior=networks.spline_prior()),
+        "orangered", "s", "pen., spline prior",
+        weighted=True, needs="spline_prior", weight=WEIGHT),
+    "penalized, hierarchy, TarFlow prior": Recipe(
+        lambda networks, weight, _: hierarchy(
+            networks, _penalty(weight), prior=networks.tarflow_prior()),
+        "firebrick", "D", "pen., TarFlow prior",
+        weighted=True, needs="tarflow_prior", weight=WEIGHT),
     "penalized Jet, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight), networks.jet()),
         "crimson", "v", "pen. Jet, hierarchy",
@@ -312,18 +330,21 @@ def _penalty(weight: float | Literal["variance"] | ErrorBound) -> ManifoldObject
     return ManifoldObjective("data", "l2", weight=weight)
 
 
-def _prior(networks: Networks) -> ManifoldFlow:
+def _prior(networks: Networks, flow: Bijection | None = None) -> ManifoldFlow:
     mixture = None
     if networks.components > 1:
         mixture = GaussianMixture(networks.dim, networks.components)
-    return ManifoldFlow(networks.prior(), networks.dim, prior=mixture)
+    return ManifoldFlow(flow or networks.prior(), networks.dim, prior=mixture)
 
 
 def _two_stages(
-    networks: Networks, objective: ManifoldObjective, flow: Bijection | None = None
+    networks: Networks,
+    objective: ManifoldObjective,
+    flow: Bijection | None = None,
+    prior: Bijection | None = None,
 ) -> HierarchicalFlow:
     first = ManifoldFlow(flow or networks.flow(), networks.dim, objective=objective)
-    return HierarchicalFlow([first, _prior(networks)])
+    return HierarchicalFlow([first, _prior(networks, prior)])
 
 
 def _objective(model: HierarchicalFlow) -> Loss:

@@ -66,6 +66,35 @@ class TarFlow(Bijection):
         return self(x)
 
 
+class VectorTarFlow(Bijection):
+    """TarFlow on vectors (N, D), whose tokens are `channels` numbers that stand D / channels apart.
+
+    Args:
+        dim: D, a multiple of `channels`.
+        blocks, layers, width, heads: as for `TarFlow`.
+    """
+
+    def __init__(
+        self, dim: int, channels: int, blocks: int, layers: int, width: int, heads: int
+    ) -> None:
+        super().__init__()
+        self._shape = (channels, dim // channels, 1)
+        self.input_shape: tuple[int, ...] = (dim,)
+        self.latent_shapes: tuple[tuple[int, ...], ...] = ((dim,),)
+        self.tokens = TarFlow(self._shape, 1, blocks, layers, width, heads)
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        (z,), logdet = self.tokens(x.unflatten(1, self._shape))
+        return (z.flatten(1),), logdet
+
+    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = self.tokens.inverse((z[0].unflatten(1, self.tokens.latent_shapes[0]),))
+        return x.flatten(1), logdet
+
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        return self(x)
+
+
 class _Block(nn.Module):
     """Gives mu and alpha of each token by a causal transformer."""
 

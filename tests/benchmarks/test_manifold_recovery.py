@@ -22,7 +22,7 @@ from benchmarks.manifold.output import Store, fill_in, markdown
 from benchmarks.manifold.peers import VariationalAutoencoder
 from benchmarks.manifold.points import NOISE, PointComparison, divergence
 from benchmarks.manifold.sets import SETS, Part
-from benchmarks.manifold.tarflow import TarFlow
+from benchmarks.manifold.tarflow import TarFlow, VectorTarFlow
 from benchmarks.manifold.targets import TARGETS
 from mflow_kernels import ManifoldObjective, WeightSchedule
 from mflow_kernels.testing import assert_close, check_bijection
@@ -83,11 +83,13 @@ def test_the_mixture_flow_is_a_bijection():
 
 
 def test_tarflow_is_a_bijection():
-    flow = TarFlow((1, 4, 4), patch=2, blocks=3, layers=2, width=8, heads=2)
-    for block in flow.blocks:
-        for parameter in block.out[1].parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    check_bijection(flow, (3, 1, 4, 4))
+    image = TarFlow((1, 4, 4), patch=2, blocks=3, layers=2, width=8, heads=2)
+    vector = VectorTarFlow(8, channels=2, blocks=3, layers=1, width=8, heads=2)
+    for flow, tokens in ((image, image), (vector, vector.tokens)):
+        for block in tokens.blocks:
+            for parameter in block.out[1].parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+        check_bijection(flow, (3, *flow.input_shape))
 
 
 def test_the_bound_of_a_linear_vae_is_its_likelihood():
@@ -151,6 +153,7 @@ def test_every_method_trains_and_samples(name):
     networks = dataclasses.replace(
         networks, wide_flow=networks.flow, training_data=lambda: data, less_noise=0.02,
         jet=networks.flow, tarflow=networks.flow, components=2,
+        spline_prior=networks.prior, tarflow_prior=networks.prior,
         variational=lambda: (nn.Linear(3, 4), nn.Linear(2, 6)),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
