@@ -1,12 +1,14 @@
 """Compare manifold flows with other methods, and measure how well they recover known manifolds.
 
 The parts are digits and patches (small real images), longer trainings of some methods on digits,
-and points (curves and surfaces of known density). Each run is a JSON file in the output folder, and
-a run whose file exists is not repeated. Each part writes tables (Markdown) and pictures (PNG). All
-parts take about four hours of CPU time in one process, and with `--quick` about five minutes.
+uses of the trained models (noise removed, hidden pixels filled in), and points (curves and surfaces
+of known density). Each run is a JSON file in the output folder, and a run whose file exists is not
+repeated. Each part writes tables (Markdown) and pictures (PNG). All parts take about eight hours of
+CPU time in one process, and with `--quick` about five minutes.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.output import command_parser, save_text
-from benchmarks.manifold import images, points
+from benchmarks.manifold import images, points, uses
+from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Store, fill_in
 
 Run = Callable[[Store, bool], None]
@@ -22,6 +25,7 @@ Report = Callable[[Store], dict[str, str]]
 PARTS: dict[str, tuple[Run, Report]] = {
     "digits": (partial(images.run, "digits"), partial(images.report, "digits")),
     "longer": (images.run_longer, lambda store: {}),
+    "uses": (uses.run, uses.report),
     "patches": (partial(images.run, "patches"), partial(images.report, "patches")),
     "points": (points.run, points.report),
 }
@@ -31,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out / ("quick" if options.quick else "full"))
+    if options.method:
+        row = images.run_one(store, options.method, options.seed, options.seconds)
+        row.pop("picture", None)
+        print(json.dumps(row, indent=1))
+        return
     for name in options.only or PARTS:
         run, report = PARTS[name]
         if not options.tables:
@@ -58,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", choices=list(PARTS), action="append", help="run one part; may be repeated"
     )
+    parser.add_argument(
+        "--method", choices=list(RECIPES), metavar="NAME",
+        help="make and print one run on digits, of this row of the tables, and nothing else",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the run of --method (default: 0)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, choices=sorted(images.BUDGETS), default=images.SHORTEST,
+        help="CPU seconds of the run of --method (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument(
         "--tables", action="store_true", help="make no runs; draw the tables of those that exist"
     )

@@ -108,21 +108,35 @@ class Comparison(ABC):
 
         Trainings with seed 0 are also measured on validation data, because they may be of a sweep.
         """
-        steps = [
-            max(2, round(self.seconds * phase_share / cost))
-            for phase_share, cost in self._costs(store, name)
-        ]
+        steps = self.steps(store, name)
         about = {"set": self.name, "method": name, "seed": seed, "budget": self.seconds}
         about |= settings._asdict() | {"steps": steps}
         key = f"{self.name}-run-{name}-rate{settings.rate}-weight{settings.weight}-seed{seed}"
         return store.row(key, lambda: about | self._train(name, settings, seed, steps))
 
+    def steps(self, store: Store, name: str) -> list[int]:
+        """Return the number of steps of each phase, once the method's cost is known."""
+        return [
+            max(2, round(self.seconds * phase_share / cost))
+            for phase_share, cost in self._costs(store, name)
+        ]
+
+    def fit(
+        self, name: str, settings: Settings, seed: int, steps: Sequence[int]
+    ) -> tuple[Method, float]:
+        """Train a method; return it and the CPU seconds.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        method, batches = self._start(name, settings, seed)
+        return method, training.train(method, batches, steps, settings.rate)
+
     def _train(
         self, name: str, settings: Settings, seed: int, steps: Sequence[int]
     ) -> dict[str, Any]:
-        method, batches = self._start(name, settings, seed)
         try:
-            seconds = training.train(method, batches, steps, settings.rate)
+            method, seconds = self.fit(name, settings, seed, steps)
         except FloatingPointError as error:
             return {"failed": str(error)}
         row: dict[str, Any] = {"seconds": seconds, "parameters": method.parameters()}

@@ -307,6 +307,17 @@ def run_longer(store: Store, quick: bool) -> None:
             compared.compare(store, {name: chosen[name]}, range(seeds))
 
 
+def run_one(store: Store, method: str, seed: int, seconds: float) -> Row:
+    """Return the row of one method, seed and budget on digits, and make what the store lacks of it:
+    the sweeps of this budget and of the shorter ones, and the training."""
+    chosen = None
+    for budget in sorted(budget for budget in BUDGETS if budget <= seconds):
+        compared = comparison("digits", False, budget)
+        chosen = compared.choose(store, [method], chosen)
+    assert chosen is not None
+    return compared.train(store, method, chosen[method], seed)
+
+
 def _frontier(digits: ImageComparison, store: Store, chosen: dict[str, Settings]) -> None:
     for method in FRONTIER:
         for factor in FRONTIER_FACTORS:

@@ -20,7 +20,7 @@ class Judge:
             nn.Flatten(), nn.Linear(32 * 16, FEATURES),
         )  # fmt: skip
         classes = nn.Linear(FEATURES, int(train.labels.max()) + 1)
-        net = nn.Sequential(self.features, nn.ReLU(), classes)
+        self.classify = net = nn.Sequential(self.features, nn.ReLU(), classes)
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for _ in range(CLASSIFIER_PASSES):
             for index in torch.randperm(len(train.images)).split(64):
@@ -28,9 +28,13 @@ class Judge:
                 out = net(_scaled(train.images[index]))
                 nn.functional.cross_entropy(out, train.labels[index]).backward()
                 optimizer.step()
-        with torch.no_grad():
-            right = net(_scaled(images.test.images)).argmax(1) == images.test.labels
-            self.accuracy = right.float().mean().item()
+        self.accuracy = self.right(images.test.images, images.test.labels)
+
+    @torch.no_grad()
+    def right(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share of images that the classifier assigns to their label."""
+        found = self.classify(_scaled(images)).argmax(1)
+        return (found == labels).float().mean().item()
 
     @torch.no_grad()
     def frechet(self, images: Tensor, reference: Part) -> float:

@@ -35,6 +35,16 @@ def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> No
     draw_images(path, f"{name}: samples", shown)
 
 
+def draw_uses(path: Path, rows: Sequence[Row]) -> None:
+    """Draw digits whose lower half is hidden, and how every method's first seed fills it in."""
+    shown: dict[str, Tensor] = {}
+    for row in (row for row in rows if row["seed"] == 0):
+        images = {k: torch.tensor(v, dtype=torch.uint8) for k, v in row["picture"].items()}
+        shown |= {"test images": images["digits"], "lower half hidden": images["half"]}
+        shown[RECIPES[row["method"]].short or row["method"]] = images["half filled"]
+    draw_images(path, "digits: hidden halves filled in", shown)
+
+
 def draw_frontier(
     path: Path, rows: Mapping[str, Sequence[Row]], others: Mapping[str, Sequence[Row]]
 ) -> None:

@@ -166,33 +166,34 @@ class Chart(nn.Module, Model):
         repeated = None if each is None else torch.cat([each] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
-    def inpaint(
+    def fit(
         self,
         x: Tensor,
-        known: Tensor,
         deviation: float,
+        known: Tensor | None = None,
         *,
         steps: int = 200,
         context: Context | None = None,
     ) -> Tensor:
-        """Fill in the missing pixels of x from the manifold.
+        """Return the most probable u of x with noise, and with missing pixels.
 
         u minimizes -log p(u) + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
         starts from encode(x), after decode(0) has filled in the missing pixels of x. Each sample is
-        fitted alone.
+        fitted alone. `decode(fit(x, deviation))` removes noise that is far from the manifold, where
+        `project` can be wrong: a flow is trained to project points near its manifold.
 
         Args:
             x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
-            known: bool mask that broadcasts to x: True for known pixels. Each sample may have its
-                own.
             deviation: standard deviation of the known pixels off the manifold, > 0; for example
-                `deviation(training_data)`.
+                `deviation(training_data)`, or that of the noise.
+            known: bool mask that broadcasts to x: True for known pixels, None for all. Each sample
+                may have its own.
             steps: number of steps of Adam; each takes one forward and one backward pass.
             context: one for each sample, or one for all.
 
         Returns:
-            x with the missing pixels of decode(u), without gradients.
+            u (N, d), without gradients.
 
         Raises:
             TypeError, ValueError: known is not bool or does not broadcast, deviation is not a
@@ -201,15 +202,7 @@ class Chart(nn.Module, Model):
         check_count("steps", steps, 1)
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
-        if known.dtype != torch.bool:
-            raise TypeError(f"known: expected dtype bool, got {known.dtype}")
-        try:
-            known = known.expand(x.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"known: expected a shape that broadcasts to {tuple(x.shape)}, got "
-                f"{tuple(known.shape)}"
-            ) from None
+        known = _expanded(x, torch.ones_like(x, dtype=torch.bool) if known is None else known)
         with torch.no_grad():
             mode = self.decode(x.new_zeros(len(x), self.manifold_dim), context=context)
             start = self.encode(torch.where(known, x, mode), context=context)
@@ -225,8 +218,24 @@ class Chart(nn.Module, Model):
             (u.grad,) = torch.autograd.grad(loss, u)
             adam.step()
             falling.step()
-        with torch.no_grad():
-            return torch.where(known, x, self.decode(u, context=context))
+        return u.detach()
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        x: Tensor,
+        known: Tensor,
+        deviation: float,
+        *,
+        steps: int = 200,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Return x with its missing pixels filled in from decode(u), where u is that of `fit`.
+
+        The arguments and errors are those of `fit`; the result has no gradients.
+        """
+        u = self.fit(x, deviation, known, steps=steps, context=context)
+        return torch.where(_expanded(x, known), x, self.decode(u, context=context))
 
     @torch.no_grad()
     def deviation(self, x: Tensor, *, context: Context | None = None) -> float:
@@ -351,3 +360,15 @@ def off_manifold_score(distance: Tensor, deviation: float, dims: int) -> Tensor:
 def normal_score(u: Tensor) -> Tensor:
     """Return -log N(u; 0, I), (N,)."""
     return (u.square() / 2 + HALF_LOG_2PI).sum(1)
+
+
+def _expanded(x: Tensor, known: Tensor) -> Tensor:
+    """Return the mask of known pixels in the shape of x."""
+    if known.dtype != torch.bool:
+        raise TypeError(f"known: expected dtype bool, got {known.dtype}")
+    try:
+        return known.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"known: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(known.shape)}"
+        ) from None
