@@ -65,22 +65,6 @@ def test_log_prob_is_that_of_the_objective():
     assert torch.equal(flow.log_prob(x), flow.terms(x).log_likelihood)
 
 
-def test_samples_repeat_with_their_generator(device):
-    flow = image_flow().to(device)
-
-    def draw(seed, **options):
-        return flow.sample(4, generator=torch.Generator(device).manual_seed(seed), **options)
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert draw(1).shape == (4, 1, 4, 4)
-    assert draw(1).dtype == torch.float64
-    assert not draw(1).requires_grad
-    cold = draw(1, temperature=0.0)
-    assert torch.equal(cold, cold[:1].expand_as(cold))
-    assert_close(flow.encode(draw(1, temperature=0.5)), flow.encode(draw(1)) / 2, terms=10_000)
-
-
 def test_the_state_dict_holds_the_masks():
     mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
     flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
