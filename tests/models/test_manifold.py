@@ -59,12 +59,6 @@ def test_encode_and_decode_follow_the_mask():
     torch.testing.assert_close(flow.off_masks(), tuple(~m for m in mask))
 
 
-def test_log_prob_is_that_of_the_objective():
-    flow = image_flow(ManifoldObjective("latent", "l1", weight=30.0))
-    x = normal(3, 1, 4, 4, dtype=torch.float64)
-    assert torch.equal(flow.log_prob(x), flow.terms(x).log_likelihood)
-
-
 def test_the_state_dict_holds_the_masks():
     mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
     flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
@@ -73,15 +67,6 @@ def test_the_state_dict_holds_the_masks():
     x = normal(2, 1, 4, 4)
     assert torch.equal(other.encode(x), flow.encode(x))
     torch.testing.assert_close(other.off_masks(), flow.off_masks())
-
-
-def test_gradients_reach_every_parameter():
-    for domain in ("latent", "data"):
-        # Enough hidden units and samples for some to be active in every network.
-        flow = image_flow(ManifoldObjective(domain), width=16)
-        flow.terms(normal(32, 1, 4, 4, dtype=torch.float64)).loss.sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-        assert all(p.grad.any() for p in flow.parameters())
 
 
 def ones(*sizes):
@@ -179,7 +164,6 @@ def test_an_empty_mask_leaves_the_penalty_alone(domain):
 
 
 ZERO = torch.zeros(1, 5, dtype=torch.float64)
-TEMPERATURE = "temperature: expected a finite number >= 0, got"
 
 
 @pytest.mark.parametrize(
@@ -192,10 +176,8 @@ TEMPERATURE = "temperature: expected a finite number >= 0, got"
         (lambda f: f.decode(normal(2, 4)), ValueError, r"u: expected shape \(N, 5\), got \(2, 4\)"),
         (lambda f: f.decode(ZERO.long()), TypeError, "u: expected dtype float32, .* got int64"),
         (lambda f: f.sample(2.0), TypeError, "n: expected a whole number, got float"),
-        (lambda f: f.sample(0), ValueError, "n: expected at least 1, got 0"),
-        *((lambda f, t=t: f.sample(1, temperature=t), ValueError, TEMPERATURE)
-          for t in (-1.0, math.inf, math.nan)),
-        (lambda f: f.lift(ZERO, temperature=-1.0), ValueError, TEMPERATURE),
+        (lambda f: f.lift(ZERO, temperature=-1.0), ValueError,
+         "temperature: expected a finite number >= 0, got"),
     ],
 )  # fmt: skip
 def test_bad_calls(call, error, message):
