@@ -179,16 +179,3 @@ def test_inpainting_finds_the_most_probable_point():
     assert (filled - u @ a.T)[~known].abs().max() < 1e-4
     assert torch.equal(filled[:2], model.inpaint(hidden[:2], known[:2], s, steps=400))
     assert not filled.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((torch.ones(4, 4), 0.1), TypeError, "known: expected dtype bool, got torch.float32"),
-        ((torch.ones(3).bool(), 0.1), ValueError, "known: expected a shape that broadcasts to"),
-        ((torch.ones(4).bool(), 0.0), ValueError, "deviation: expected a finite number > 0, got 0"),
-    ],
-)
-def test_bad_masks_of_missing_pixels(arguments, error, message):
-    with pytest.raises(error, match=message):
-        image_flow().inpaint(normal(*X, dtype=torch.float64), *arguments)

@@ -225,27 +225,6 @@ def test_a_stored_flow_compiles_whole():
         assert_close(a, b, terms=1000)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"image_shape": (8, 8)}, ValueError, r"image_shape: expected \(C, H, W\), got \(8, 8\)"),
-        ({"image_shape": (1, 8, 6)}, ValueError, "width divisible by 2 .* = 4, got 8x6"),
-        ({"image_shape": (1, 7, 8)}, ValueError, "height divisible by patch = 2 .* got 7x8"),
-        ({"patch": 3}, ValueError, "patch: expected a power of 2, got 3"),
-        ({"patch": 0}, ValueError, "patch: expected at least 1, got 0"),
-        ({"patch": 1}, ValueError, "patch: expected at least 2 for images with one channel, got 1"),
-        ({"couplings": 0}, ValueError, "couplings: expected at least 1, got 0"),
-        ({"depth": 1.0}, TypeError, "depth: expected a whole number, got float"),
-        ({"heads": 3}, ValueError, "width: expected a multiple of heads = 3, got 8"),
-        ({"context_channels": -1}, ValueError, "context_channels: expected at least 0, got -1"),
-    ],
-)
-def test_bad_arguments(changes, error, message):
-    arguments = {"image_shape": (1, 8, 8), "patch": 2, "couplings": 2, "depth": 1, "width": 8}
-    with pytest.raises(error, match=message):
-        Jet(**{**arguments, "heads": 2, **changes})
-
-
 def test_inputs_that_do_not_fit():
     jet = Jet((1, 8, 8), 2, 2, 1, 8, 2, context_channels=3)
     x = normal(2, 1, 8, 8)
