@@ -79,10 +79,10 @@ def mixed(size=4):
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
 
 
-def splines(size=5, **options):
+def splines(size=5, layers=3, **options):
     """Splines of both kinds, and linear maps."""
     flows = []
-    for k in range(3):
+    for k in range(layers):
         bins = {"num_bins": 3 + k, "tail_bound": 1.5, "reverse_mask": bool(k)}
         flows += [
             nf.flows.CoupledRationalQuadraticSpline(size, 1, 8, **bins, **options),
@@ -181,7 +181,7 @@ def loss_of(model, step):
     ids=["glow", "real nvp"],
 )
 def test_training_equals_the_original(make, reversible):
-    """Both train for 50 steps from the same start, with actnorms not yet initialized. A copy with
+    """Both train for 20 steps from the same start, with actnorms not yet initialized. A copy with
     the trained weights then equals its original."""
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)

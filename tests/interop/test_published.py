@@ -23,7 +23,50 @@ def level_channels():
     return [SHAPE[0] * 4 * 2**level for level in range(LEVELS)]
 
 
-# openai/glow, as NHWC.
+def gaussian(x, mean, log_sd):
+    log_p = -0.5 * (math.log(2 * math.pi) + 2 * log_sd + ((x - mean) * (-log_sd).exp()) ** 2)
+    return log_p.sum((1, 2, 3))
+
+
+class Original:
+    """Plain code of a Glow. Subclasses compute each layer as the originals do, from their weights;
+    shifts and scales are interleaved, unless `halves` says otherwise."""
+
+    def __init__(self, weights, affine=True, label=None):
+        self.v = {name: torch.as_tensor(w) for name, w in weights.items()}
+        self.affine, self.label = affine, label
+
+    def halves(self, h):
+        """The shift and the raw scale."""
+        return h[:, 0::2], h[:, 1::2]
+
+    def log_prob(self, x):
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for level in range(LEVELS):
+            x = F.pixel_unshuffle(x, 2)
+            for step in range(STEPS):
+                at = self.name(level, step)
+                x, log_scale = self.actnorm(at, x)
+                mix = self.mix(at)
+                x = torch.einsum("ij,njhw->nihw", mix, x)
+                own = log_scale.sum() + mix.det().abs().log()
+                total = total + x.shape[2] * x.shape[3] * own
+                a, b = x.chunk(2, 1)
+                h = self.net(at, a)
+                if self.affine:
+                    shift, raw = self.halves(h)
+                    s = torch.sigmoid(raw + 2)
+                    b, total = (b + shift) * s, total + s.log().sum((1, 2, 3))
+                else:
+                    b = b + h
+                x = torch.cat([a, b], 1)
+            if level + 1 < LEVELS:
+                x, z = x.chunk(2, 1)
+                total = total + gaussian(z, *self.prior(level, x))
+        return total + gaussian(x, *self.top(x))
+
+
+# openai/glow: filters are (H, W, in, out).
 
 
 def openai_variables(coupling=1, classes=0):
@@ -57,73 +100,44 @@ def openai_variables(coupling=1, classes=0):
     return v
 
 
-class OpenAI:
-    """The original model: NHWC, filters (H, W, in, out), a channel that marks the
-    padding, interleaved shifts and scales, logscale_factor 3."""
+class OpenAI(Original):
+    """A channel marks the padding, and logscale_factor is 3."""
 
-    def __init__(self, variables, coupling=1, label=None):
-        self.v = {name: torch.tensor(a) for name, a in variables.items()}
-        self.coupling, self.label = coupling, label
+    def name(self, level, step):
+        return f"{level}/{step}"
 
-    def conv(self, x, w):
-        if w.shape[0] == 3:
-            n, h, width, _ = x.shape
-            mark = torch.ones(n, h + 2, width + 2, 1, dtype=x.dtype)
-            mark[:, 1:-1, 1:-1] = 0
-            x = torch.cat([F.pad(x, [0, 0, 1, 1, 1, 1]), mark], 3)
-        return F.conv2d(x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1)).permute(0, 2, 3, 1)
+    def conv(self, at, x):
+        w = self.v[f"{at}/W"].permute(3, 2, 0, 1)
+        if w.shape[2] == 3:
+            mark = F.pad(torch.zeros_like(x[:, :1]), [1, 1, 1, 1], value=1)
+            x = torch.cat([F.pad(x, [1, 1, 1, 1]), mark], 1)
+        return F.conv2d(x, w)
 
     def actnorm(self, at, x):
-        b, logs = self.v[f"{at}actnorm_center/b"], 3 * self.v[f"{at}actnorm_scale/logs"]
-        return (x + b) * logs.exp(), logs
+        b, logs = self.v[f"{at}/actnorm_center/b"], 3 * self.v[f"{at}/actnorm_scale/logs"]
+        return (x + b.view(-1, 1, 1)) * logs.view(-1, 1, 1).exp(), logs
+
+    def mix(self, at):
+        return self.v[f"{at}/invconv/W"].T
 
     def zeros(self, at, x):
-        y = self.conv(x, self.v[f"{at}/W"]) + self.v[f"{at}/b"]
-        return y * (3 * self.v[f"{at}/logs"]).exp()
+        y = self.conv(at, x) + self.v[f"{at}/b"].view(-1, 1, 1)
+        return y * (3 * self.v[f"{at}/logs"]).exp().view(-1, 1, 1)
 
     def net(self, at, x):
-        for layer in ("l_1", "l_2"):
-            x = self.conv(x, self.v[f"{at}/{layer}/W"])
-            x = self.actnorm(f"{at}/{layer}/", x)[0].relu()
-        return self.zeros(f"{at}/l_last", x)
+        for layer in (f"{at}/f1/l_1", f"{at}/f1/l_2"):
+            x = self.actnorm(layer, self.conv(layer, x))[0].relu()
+        return self.zeros(f"{at}/f1/l_last", x)
 
-    def log_prob(self, image):
-        z = image.permute(0, 2, 3, 1)
-        total = torch.zeros(len(z), dtype=z.dtype)
-        for level in range(LEVELS):
-            n, h, w, c = z.shape
-            z = z.reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
-            z = z.reshape(n, h // 2, w // 2, 4 * c)
-            c, pixels = 4 * c, h * w // 4
-            for step in range(STEPS):
-                at = f"{level}/{step}"
-                z, logs = self.actnorm(f"{at}/", z)
-                mix = self.v[f"{at}/invconv/W"]
-                z = z @ mix
-                total = total + pixels * (logs.sum() + mix.det().abs().log())
-                z1, z2 = z[..., : c // 2], z[..., c // 2 :]
-                h_ = self.net(f"{at}/f1", z1)
-                if self.coupling:
-                    s = torch.sigmoid(h_[..., 1::2] + 2)
-                    z2 = (z2 + h_[..., 0::2]) * s
-                    total = total + s.log().sum((1, 2, 3))
-                else:
-                    z2 = z2 + h_
-                z = torch.cat([z1, z2], 3)
-            if level + 1 < LEVELS:
-                z, z2 = z[..., : c // 2], z[..., c // 2 :]
-                h_ = self.zeros(f"pool{level}/conv", z)
-                total = total + gaussian(z2, h_[..., 0::2], h_[..., 1::2])
-        top = self.zeros("prior/p", torch.zeros_like(z))
+    def prior(self, level, x):
+        return self.halves(self.zeros(f"pool{level}/conv", x))
+
+    def top(self, x):
+        h = self.zeros("prior/p", torch.zeros_like(x))
         if self.label is not None:
             row = self.v["prior/y_emb/W"][self.label] + self.v["prior/y_emb/b"]
-            top = top + row * (3 * self.v["prior/y_emb/logs"]).exp()
-        return total + gaussian(z, top[..., :c], top[..., c:])
-
-
-def gaussian(x, mean, log_sd):
-    log_p = -0.5 * (math.log(2 * math.pi) + 2 * log_sd + ((x - mean) * (-log_sd).exp()) ** 2)
-    return log_p.sum((1, 2, 3))
+            h = h + (row * (3 * self.v["prior/y_emb/logs"]).exp()).view(-1, 1, 1)
+        return h.chunk(2, 1)
 
 
 # rosinality/glow-pytorch.
@@ -164,50 +178,45 @@ def rosinality_weights(lu=True, affine=True):
     return {name: torch.tensor(a) for name, a in v.items()}
 
 
-def rosinality_log_prob(v, x, affine=True):
-    def zero_conv(at, x):
-        y = F.conv2d(F.pad(x, [1, 1, 1, 1], value=1), v[f"{at}.conv.weight"], v[f"{at}.conv.bias"])
-        return y * (3 * v[f"{at}.scale"]).exp()
+class Rosinality(Original):
+    """Padding is 1 before the convolutions that start at zero."""
 
-    total = torch.zeros(len(x), dtype=x.dtype)
-    for level in range(LEVELS):
-        x = F.pixel_unshuffle(x, 2)
-        pixels = x.shape[2] * x.shape[3]
-        for step in range(STEPS):
-            at = f"blocks.{level}.flows.{step}"
-            scale = v[f"{at}.actnorm.scale"]
-            x = scale * (x + v[f"{at}.actnorm.loc"])
-            if f"{at}.invconv.weight" in v:
-                mix = v[f"{at}.invconv.weight"][:, :, 0, 0]
-            else:
-                lu = {n: v[f"{at}.invconv.{n}"] for n in ("w_p", "w_l", "w_u", "w_s", "s_sign")}
-                lower = lu["w_l"] * v[f"{at}.invconv.l_mask"] + v[f"{at}.invconv.l_eye"]
-                diagonal = torch.diag(lu["s_sign"] * lu["w_s"].exp())
-                mix = lu["w_p"] @ lower @ (lu["w_u"] * v[f"{at}.invconv.u_mask"] + diagonal)
-            x = F.conv2d(x, mix[:, :, None, None])
-            total = total + pixels * (scale.abs().log().sum() + mix.det().abs().log())
-            a, b = x.chunk(2, 1)
-            h = a
-            for i, padding in ((0, 1), (2, 0)):
-                name = f"{at}.coupling.net.{i}"
-                h = F.conv2d(h, v[f"{name}.weight"], v[f"{name}.bias"], padding=padding).relu()
-            h = zero_conv(f"{at}.coupling.net.4", h)
-            if affine:
-                log_s, t = h.chunk(2, 1)
-                s = torch.sigmoid(log_s + 2)
-                b = (b + t) * s
-                total = total + s.log().sum((1, 2, 3))
-            else:
-                b = b + h
-            x = torch.cat([a, b], 1)
-        if level + 1 < LEVELS:
-            x, z = x.chunk(2, 1)
-            mean, log_sd = zero_conv(f"blocks.{level}.prior", x).chunk(2, 1)
-        else:
-            z = x
-            mean, log_sd = zero_conv(f"blocks.{level}.prior", torch.zeros_like(x)).chunk(2, 1)
-        total = total + gaussian(z, mean, log_sd)
-    return total
+    def halves(self, h):
+        raw, shift = h.chunk(2, 1)
+        return shift, raw
+
+    def name(self, level, step):
+        return f"blocks.{level}.flows.{step}"
+
+    def actnorm(self, at, x):
+        scale = self.v[f"{at}.actnorm.scale"]
+        return scale * (x + self.v[f"{at}.actnorm.loc"]), scale.abs().log()
+
+    def mix(self, at):
+        at = f"{at}.invconv"
+        if f"{at}.weight" in self.v:
+            return self.v[f"{at}.weight"][:, :, 0, 0]
+        lu = {n: self.v[f"{at}.{n}"] for n in ("w_p", "w_l", "w_u", "w_s", "s_sign")}
+        lower = lu["w_l"] * self.v[f"{at}.l_mask"] + self.v[f"{at}.l_eye"]
+        diagonal = torch.diag(lu["s_sign"] * lu["w_s"].exp())
+        return lu["w_p"] @ lower @ (lu["w_u"] * self.v[f"{at}.u_mask"] + diagonal)
+
+    def zeros(self, at, x):
+        x = F.pad(x, [1, 1, 1, 1], value=1)
+        y = F.conv2d(x, self.v[f"{at}.conv.weight"], self.v[f"{at}.conv.bias"])
+        return y * (3 * self.v[f"{at}.scale"]).exp()
+
+    def net(self, at, x):
+        for name, padding in ((f"{at}.coupling.net.0", 1), (f"{at}.coupling.net.2", 0)):
+            w, b = self.v[f"{name}.weight"], self.v[f"{name}.bias"]
+            x = F.conv2d(x, w, b, padding=padding).relu()
+        return self.zeros(f"{at}.coupling.net.4", x)
+
+    def prior(self, level, x):
+        return self.zeros(f"blocks.{level}.prior", x).chunk(2, 1)
+
+    def top(self, x):
+        return self.prior(LEVELS - 1, torch.zeros_like(x))
 
 
 # chaiyujin/glow-pytorch: layers of all levels in one list, plain padding, and actnorms in networks.
@@ -248,45 +257,36 @@ def chaiyujin_weights(affine=True, classes=0):
     return {name: torch.tensor(a) for name, a in v.items()}
 
 
-def chaiyujin_log_prob(v, x, affine=True, label=None):
-    def actnorm(at, x):
-        return (x + v[f"{at}.actnorm.bias"]) * v[f"{at}.actnorm.logs"].exp()
+class Chaiyujin(Original):
+    def name(self, level, step):
+        return f"flow.layers.{level * (STEPS + 2) + 1 + step}"
 
-    def zero_conv(at, x):
-        y = F.conv2d(x, v[f"{at}.weight"], v[f"{at}.bias"], padding=1)
-        return y * (3 * v[f"{at}.logs"]).exp()
+    def actnorm(self, at, x):
+        logs = self.v[f"{at}.actnorm.logs"]
+        return (x + self.v[f"{at}.actnorm.bias"]) * logs.exp(), logs
 
-    total, place = torch.zeros(len(x), dtype=x.dtype), 0
-    for level in range(LEVELS):
-        x = F.pixel_unshuffle(x, 2)
-        for _ in range(STEPS):
-            place += 1
-            at = f"flow.layers.{place}"
-            mix = v[f"{at}.invconv.weight"]
-            x = torch.einsum("ij,njhw->nihw", mix, actnorm(at, x))
-            own = v[f"{at}.actnorm.logs"].sum() + mix.det().abs().log()
-            total = total + x.shape[2] * x.shape[3] * own
-            a, b = x.chunk(2, 1)
-            h = actnorm(f"{at}.f.0", F.conv2d(a, v[f"{at}.f.0.weight"], padding=1)).relu()
-            h = actnorm(f"{at}.f.2", F.conv2d(h, v[f"{at}.f.2.weight"])).relu()
-            h = zero_conv(f"{at}.f.4", h)
-            if affine:
-                s = torch.sigmoid(h[:, 1::2] + 2)
-                b = (b + h[:, 0::2]) * s
-                total = total + s.log().sum((1, 2, 3))
-            else:
-                b = b + h
-            x = torch.cat([a, b], 1)
-        if level + 1 < LEVELS:
-            x, z = x.chunk(2, 1)
-            h = zero_conv(f"flow.layers.{place + 1}.conv", x)
-            total = total + gaussian(z, h[:, 0::2], h[:, 1::2])
-            place += 2
-    top = zero_conv("learn_top", x.new_zeros(1, 2 * x.shape[1], *x.shape[2:]))
-    if label is not None:
-        row = v["project_ycond.weight"][:, label] + v["project_ycond.bias"]
-        top = top + (row * (3 * v["project_ycond.logs"]).exp())[:, None, None]
-    return total + gaussian(x, *top.chunk(2, 1))
+    def mix(self, at):
+        return self.v[f"{at}.invconv.weight"]
+
+    def zeros(self, at, x):
+        y = F.conv2d(x, self.v[f"{at}.weight"], self.v[f"{at}.bias"], padding=1)
+        return y * (3 * self.v[f"{at}.logs"]).exp()
+
+    def net(self, at, x):
+        for layer, padding in ((f"{at}.f.0", 1), (f"{at}.f.2", 0)):
+            y = F.conv2d(x, self.v[f"{layer}.weight"], padding=padding)
+            x = self.actnorm(layer, y)[0].relu()
+        return self.zeros(f"{at}.f.4", x)
+
+    def prior(self, level, x):
+        return self.halves(self.zeros(f"{self.name(level, STEPS)}.conv", x))
+
+    def top(self, x):
+        h = self.zeros("learn_top", x.new_zeros(1, 2 * x.shape[1], *x.shape[2:]))
+        if self.label is not None:
+            row = self.v["project_ycond.weight"][:, self.label] + self.v["project_ycond.bias"]
+            h = h + (row * (3 * self.v["project_ycond.logs"]).exp())[:, None, None]
+        return h.chunk(2, 1)
 
 
 def images():
@@ -337,7 +337,7 @@ def test_rosinality(lu, affine, tmp_path):
     torch.save(floats, tmp_path / "model.pt")
     x = images()
     glow = glow_from_rosinality(tmp_path / "model.pt", SHAPE)
-    assert_equal(glow, x, rosinality_log_prob(weights, x, affine))
+    assert_equal(glow, x, Rosinality(weights, affine).log_prob(x))
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "additive"])
@@ -347,7 +347,7 @@ def test_chaiyujin(affine, tmp_path):
     torch.save({"global_step": 1, "graph": floats, "optim": {}}, tmp_path / "trained.pkg")
     x = images() + 0.5
     glow = glow_from_chaiyujin(tmp_path / "trained.pkg", SHAPE)
-    assert_equal(glow, x, chaiyujin_log_prob(weights, x, affine))
+    assert_equal(glow, x, Chaiyujin(weights, affine).log_prob(x))
 
 
 def test_chaiyujin_classes():
@@ -356,7 +356,7 @@ def test_chaiyujin_classes():
         glow_from_chaiyujin(weights, SHAPE)
     for label in (0, 3):
         glow = glow_from_chaiyujin(weights, SHAPE, label=label)
-        assert_equal(glow, x, chaiyujin_log_prob(weights, x, label=label))
+        assert_equal(glow, x, Chaiyujin(weights, label=label).log_prob(x))
 
 
 def test_other_checkpoints_raise():

@@ -32,9 +32,18 @@ class InSequence(Bijection):
         return z, total
 
 
+def parts(z: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The latents of a chain, which returns one without a tuple if there is only one."""
+    return z if isinstance(z, tuple) else (z,)
+
+
+def inverse_of(chain: nn.Module, *context: Tensor) -> Callable[..., object]:
+    """The inverse of a chain as a function of its latents, one after another."""
+    return lambda *z: chain.inverse(z if len(z) > 1 else z[0], *context)  # type: ignore[operator]
+
+
 def loss_of(z: Tensor | tuple[Tensor, ...], logdet: Tensor) -> Tensor:
-    parts = z if isinstance(z, tuple) else (z,)
-    cubes = sum((i + 1) * part.pow(3).sum() for i, part in enumerate(parts))
+    cubes = sum((i + 1) * part.pow(3).sum() for i, part in enumerate(parts(z)))
     return cubes + (logdet * torch.arange(1, len(logdet) + 1, device=logdet.device)).sum()
 
 

@@ -85,7 +85,7 @@ TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
     ),
     "coarse to fine": (
         lambda: [
-            *(Squeeze(), FlowStep(16, width=4), Unsqueeze()),
+            *(Squeeze(), ReversibleChain([FlowStep(16, width=4)]), Unsqueeze()),
             *pixel_coupling("checkerboard", 4, 2),
         ],
         IMAGE,

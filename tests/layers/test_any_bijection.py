@@ -2,7 +2,6 @@
 reversible and stored, with context."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 from cases import compiles, perturbed
 from torch import Tensor, nn
 
-from layers.bijections import LeakyReLU, TokenCoupling
-from layers.chains import assert_all_close, both_gradients, gradients
+from layers.bijections import AffineInjector, LeakyReLU, TokenCoupling
+from layers.chains import InSequence, assert_all_close, gradients, inverse_of, parts
 from layers.table import LAYERS, TOGETHER, USERS
 from mflow_kernels import (
     ActNorm,
@@ -24,7 +23,6 @@ from mflow_kernels import (
     ReversibleChain,
     Split,
     Squeeze,
-    Unsqueeze,
 )
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.instructions import Join, SplitOff
@@ -40,7 +38,7 @@ def chain_of(name: str, **options: object) -> tuple[ReversibleChain, Tensor]:
     if name in ("nflows' spline", "vectors"):
         pytest.importorskip("nflows")
     torch.manual_seed(0)
-    chain = ReversibleChain(make(), input_shape=shape[1:], **options)  # type: ignore[arg-type]
+    chain = ReversibleChain(make(), input_shape=[*shape[1:]], **options)  # type: ignore[arg-type]
     return perturbed(chain).double(), torch.randn(shape, dtype=torch.float64)
 
 
@@ -53,46 +51,73 @@ def test_round_trip_jacobian_and_logdet(name: str) -> None:
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(
-    ("name", "every"),
+    ("name", "every", "dtype"),
     [
-        *((name, 2) for name in (TOGETHER if KERNELS_ON_CPU else CHAINS)),
-        *((name, every) for name in TOGETHER for every in (None, 1) if not KERNELS_ON_CPU),
+        *((name, 2, torch.float64) for name in (TOGETHER if KERNELS_ON_CPU else CHAINS)),
+        *(
+            (name, every, torch.float64)
+            for name in TOGETHER
+            for every in (None, 1)
+            if not KERNELS_ON_CPU
+        ),
+        ("images", None, torch.float32),
     ],
 )
 def test_gradients_are_those_of_stored_states(
-    name: str, backwards: bool, every: int | None
+    name: str, backwards: bool, every: int | None, dtype: torch.dtype
 ) -> None:
     stored, x = chain_of(name, reversible=False, checkpoint_every=every)
-    z, _ = stored(x)
-    inputs = z if isinstance(z, tuple) else (z,)
-    inputs = tuple(t.detach() for t in inputs) if backwards else (x,)
+    stored, x = stored.to(dtype), x.to(dtype)
+    inputs = tuple(z.detach() for z in parts(stored(x)[0])) if backwards else (x,)
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    for _ in range(2):  # the first pass compares both runs, the second trusts them
+        got, want = (
+            gradients(chain, *inputs, call=inverse_of(chain) if backwards else chain)
+            for chain in (rebuilt, stored)
+        )
+        assert_all_close(got, want, terms=2 * 16 * 64)
+    # In float32, the rounding grows with the number of steps between two kept states.
+    drift = rebuilt.drift
+    assert drift is not None
+    assert_close(drift, torch.zeros_like(drift), terms=64, scale=4.0)
+
+
+WITH_CONTEXT: dict[str, list[nn.Module]] = {
+    "user's": [
+        *(TokenCoupling(4, context=3), LeakyReLU(), Permutation([3, 2, 1, 0])),
+        TokenCoupling(4, context=3),
+        AffineCoupling(4, width=4, spatial_dims=1, context_channels=3),
+    ],
+    "levels": [
+        *(FlowStep(4, width=4, spatial_dims=1, context_channels=3), AffineInjector(4, 3)),
+        Split(4, width=4, spatial_dims=1, context_channels=3),
+        FlowStep(2, width=4, spatial_dims=1, context_channels=3),
+    ],
+}
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("layers", WITH_CONTEXT.values(), ids=WITH_CONTEXT)
+def test_a_context_reaches_all_layers(layers: list[nn.Module], backwards: bool) -> None:
+    stored = perturbed(ReversibleChain(layers, reversible=False)).double()
+    x, context = torch.randn(2, 4, 6).double(), torch.randn(2, 3).double()
+    z = tuple(part.detach() for part in parts(stored(x, context)[0]))
+    back, _ = inverse_of(stored, context)(*z)  # type: ignore[misc]
+    assert_close(back, x, terms=1000)
     rebuilt = copy.deepcopy(stored)
     rebuilt.reversible = True
 
     def run(chain: ReversibleChain) -> list[Tensor]:
-        inverse = lambda *z: chain.inverse(z if isinstance(stored(x)[0], tuple) else z[0])  # noqa: E731
-        return gradients(chain, *inputs, call=inverse if backwards else chain)
+        if not backwards:
+            return gradients(chain, x, context, call=chain)
+        call = lambda *given: inverse_of(chain, given[-1])(*given[:-1])  # noqa: E731
+        return gradients(chain, *z, context, call=call)
 
-    for _ in range(2):  # the first pass compares both runs, the second trusts them
-        assert_all_close(run(rebuilt), run(stored), terms=2 * 16 * 64)
-    assert rebuilt.drift is not None
-    assert rebuilt.drift < 1e-12
-
-
-@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
-def test_a_context_reaches_users_layers(backwards: bool) -> None:
-    layers = [
-        *(TokenCoupling(4, context=3), LeakyReLU(), Permutation([3, 2, 1, 0])),
-        *(
-            TokenCoupling(4, context=3),
-            AffineCoupling(4, width=4, spatial_dims=1, context_channels=3),
-        ),
-    ]
-    stored = perturbed(ReversibleChain(layers, reversible=False)).double()
-    x, context = torch.randn(2, 4, 6).double(), torch.randn(2, 3).double()
-    got, want = both_gradients(stored, x, context, inverse=backwards)
-    assert len(got) == 3 + len(list(stored.parameters()))
-    assert got[2].any()
+    got, want = run(rebuilt), run(stored)
+    own = len(list(stored.parameters()))
+    assert len(got) == 2 + (len(z) if backwards else 1) + own
+    assert got[-own - 1].any()
     assert_all_close(got, want, terms=2 * 16 * 64)
 
 
@@ -128,53 +153,39 @@ def test_density_and_samples(name: str) -> None:
     samples = chain.sample(2, generator=torch.Generator().manual_seed(0))
     assert samples.shape == (2, *x.shape[1:])
     latents, logdet = chain(samples)
-    squares = [
-        z.square().flatten(1).sum(1) for z in (latents if type(latents) is tuple else [latents])
-    ]
+    assert chain.input_shape == x.shape[1:]
+    assert chain.latent_shapes == tuple(z.shape[1:] for z in parts(latents))
+    squares = [z.square().flatten(1).sum(1) for z in parts(latents)]
     normal = -(sum(squares) + x[0].numel() * torch.log(torch.tensor(2 * torch.pi))) / 2
     assert_close(chain.log_prob(samples), normal + logdet, terms=4 * x[0].numel(), scale=4.0)
 
 
+def called_one_by_one() -> nn.Module:
+    layers = [ActNorm(4), InvertibleConv1x1(4), AffineCoupling(4, width=4), FlowStep(4, width=4)]
+    return perturbed(InSequence(*layers)).double()
+
+
 @compiles
-@pytest.mark.parametrize("name", ["images", "tokens", "coarse to fine", "a chain in a chain"])
+@pytest.mark.parametrize("name", ["images", "tokens", "coarse to fine", "one by one"])
 def test_stored_chains_compile_whole(name: str) -> None:
     torch.compiler.reset()
-    chain, x = chain_of(name, reversible=False)
-    z = chain(x)[0]
-    latents = tuple(part.detach() for part in (z if isinstance(z, tuple) else (z,)))
-    inverse = lambda *z: chain.inverse(z if len(z) > 1 else z[0])  # noqa: E731
-    for call, inputs in ((chain, (x,)), (inverse, latents)):
+    if name == "one by one":
+        model, x = called_one_by_one(), torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    else:
+        model, x = chain_of(name, reversible=False)
+    latents = tuple(part.detach() for part in parts(model(x)[0]))
+    for call, inputs in ((model, (x,)), (inverse_of(model), latents)):
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        want, got = (gradients(chain, *inputs, call=c) for c in (call, compiled))
+        want, got = (gradients(model, *inputs, call=c) for c in (call, compiled))
         assert_all_close(got, want, terms=2 * 16 * 64)
 
 
 @compiles
 def test_a_reversible_chain_says_why_it_does_not_compile_whole() -> None:
     torch.compiler.reset()
-    chain, x = chain_of("images")
-    with pytest.raises(Exception, match="compile with reversible=False, or without fullgraph"):
+    chain, x = chain_of("chain")
+    with pytest.raises(Exception, match="with reversible=False, or without fullgraph"):
         torch.compile(chain, backend="aot_eager", fullgraph=True)(x)
-
-
-def test_neighbours_share_launches() -> None:
-    """Actnorm, 1x1 convolution and coupling compute as a step of flow, in as few launches."""
-    apart = [
-        layer
-        for _ in range(3)
-        for layer in (ActNorm(4), InvertibleConv1x1(4), AffineCoupling(4, width=4))
-    ]
-    chain = perturbed(ReversibleChain(apart)).double()
-    (instruction,) = chain._program().instructions
-    assert len(instruction.steps) == 3  # type: ignore[attr-defined]
-    steps = ReversibleChain([FlowStep(4, width=4) for _ in range(3)]).double()
-    for i, step in enumerate(steps.layers):
-        parts = step.actnorm, step.conv, step.coupling
-        for part, layer in zip(parts, apart[3 * i : 3 * i + 3], strict=True):
-            part.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    for got, want in zip(chain(x), steps(x), strict=True):
-        assert torch.equal(got, want)
 
 
 class Doubled(AffineCoupling):
@@ -215,70 +226,3 @@ def test_a_split_of_any_number_of_channels() -> None:
     ):
         ReversibleChain([Squeeze(), Cut(), FlowStep(3)])
     assert isinstance(SplitOff(3).inverse(), Join)
-
-
-class Returns(Bijection):
-    def __init__(self, result: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.result = result
-
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        return self.result(x)  # type: ignore[return-value]
-
-    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        return z, z.new_zeros(len(z))
-
-
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize(
-    ("result", "words"),
-    [
-        (lambda x: x, r"layers.1 \(Returns\): expected \(z, logdet\), got Tensor"),
-        (lambda x: ((x, x), x), r"layers.1 \(Returns\): expected a state of 2 samples, got tuple"),
-        (
-            lambda x: (x, x),
-            r"layers.1 \(Returns\): expected a logdet of shape \(2,\), got \(2, 4\)",
-        ),
-    ],
-)
-def test_what_a_layer_must_return(
-    reversible: bool, result: Callable[[Tensor], object], words: str
-) -> None:
-    chain = ReversibleChain([LeakyReLU(), Returns(result)], reversible=reversible)
-    with pytest.raises(TypeError, match=words):
-        chain(torch.randn(2, 4))
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "words"),
-    [
-        (lambda: ReversibleChain([]), ValueError, "layers: expected at least one"),
-        (lambda: ReversibleChain([nn.ReLU()]), TypeError,
-         r"layers\[0\]: expected a Bijection or another module with an `inverse`, got ReLU"),
-        (lambda: ReversibleChain([Squeeze()], checkpoint_every=0), ValueError, "got 0"),
-        (lambda: ReversibleChain([Split(4)]).inverse((torch.zeros(1, 2, 2, 2),)), ValueError,
-         "expected 2 latents, got 1"),
-        (lambda: ReversibleChain([Squeeze()], checkpoint_every=1.5), TypeError,
-         "checkpoint_every: expected a whole number, got float"),
-        (lambda: ReversibleChain([FlowStep(4), Split(4), FlowStep(4)]), ValueError,
-         r"layers\[2\]: expected a layer of 2 channels, got one of 4"),
-        (lambda: ReversibleChain([Squeeze(), FlowStep(6)]), ValueError,
-         r"layers\[1\]: expected a multiple of 4 channels, got one of 6"),
-        (lambda: ReversibleChain([FlowStep(6), Unsqueeze()]), ValueError,
-         r"layers\[1\]: cannot take 6 channels"),
-        (lambda: ReversibleChain([Permutation([1, 0]), FlowStep(3)]), ValueError,
-         r"layers\[1\]: expected a layer of 2 channels, got one of 3"),
-        (lambda: Permutation([0, 0, 1]), ValueError, "index: expected each of 0 to n - 1 once"),
-        (lambda: Permutation([0], axis="rows"), ValueError, "axis: expected one of"),
-        (lambda: Permutation([1, 0], axis="pixels")(torch.zeros(1, 2, 3)), ValueError,
-         "x: expected 2 pixels"),
-        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves, n"),
-        (lambda: PixelPairs("halves")(torch.zeros(1, 2, 3)), ValueError, "an even last axis"),
-        (lambda: FlowStep(4, coupling="cubic"), ValueError,
-         "coupling: expected one of affine, spline"),
-        (lambda: Split(4, kept=4), ValueError, "kept: expected 1 to 3, got 4"),
-    ],
-)  # fmt: skip
-def test_bad_input(make: Callable[[], object], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        make()

@@ -1,7 +1,5 @@
 """Reversible chains under dropout, autocast, compilation, export and CUDA graphs."""
 
-import copy
-
 import pytest
 import torch
 from cases import compiles, not_about_kernels, perturbed
@@ -25,26 +23,6 @@ class DropoutAndNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-def test_dropout_and_running_statistics() -> None:
-    stored = perturbed(chain_of(DropoutAndNorm, reversible=False)).double()
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
-    results, after = [], []
-    for chain in (stored, rebuilt):
-        torch.manual_seed(1)
-        results.append(gradients(chain, x, call=chain))
-        after.append((dict(chain.named_buffers()), torch.get_rng_state()))
-    assert_all_close(results[1], results[0], terms=2 * 3 * 75)
-    (buffers, rng), (buffers_rebuilt, rng_rebuilt) = after
-    assert torch.equal(rng, rng_rebuilt)
-    for name, buffer in buffers.items():
-        if name.endswith("num_batches_tracked"):
-            assert buffer.item() == buffers_rebuilt[name].item() == 1
-        else:
-            assert_close(buffers_rebuilt[name].double(), buffer.double(), terms=75, name=name)
 
 
 def test_a_mode_switched_before_the_backward_pass() -> None:
@@ -242,9 +220,9 @@ def test_autocast_leaves_float64_alone(reversible: bool) -> None:
 @compiles
 @pytest.mark.parametrize("reversible", [True, False])
 def test_a_compiled_function_may_call_backward(reversible: bool) -> None:
-    """The backward pass of six steps is compiled once, and not for each step."""
+    """The backward pass of four steps is compiled once, and not for each step."""
     torch.compiler.reset()
-    chain = perturbed(ReversibleChain([FlowStep(4, width=4) for _ in range(6)])).double()
+    chain = perturbed(ReversibleChain([FlowStep(4, width=4) for _ in range(4)])).double()
     chain.reversible = reversible
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     want = gradients(chain, x, call=chain)

@@ -53,11 +53,6 @@ def test_interpolation_stays_on_the_manifold(model, x):
     assert_close(model.encode(path[2]), middle, terms=10_000)
 
 
-def test_density_on_the_manifold_is_that_of_the_projection(model, x):
-    got = model.manifold_log_prob(x).value
-    assert_close(got, model.manifold_log_prob(model.project(x)).value, terms=10_000)
-
-
 def test_the_score_joins_density_and_distance(model, x):
     """By hand: -log p_M - log N(distance in the D - d directions off the manifold)."""
     off = 16 - model.manifold_dim
@@ -187,16 +182,3 @@ def test_inpainting_finds_the_most_probable_point():
     found = model.fit(hidden, s, known, steps=400)
     assert (found - u).abs().max() < 1e-4
     assert torch.equal(model.fit(x[3:], s, steps=400), found[3:])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((torch.ones(4, 4), 0.1), TypeError, "known: expected dtype bool, got torch.float32"),
-        ((torch.ones(3).bool(), 0.1), ValueError, "known: expected a shape that broadcasts to"),
-        ((torch.ones(4).bool(), 0.0), ValueError, "deviation: expected a finite number > 0, got 0"),
-    ],
-)
-def test_bad_masks_of_missing_pixels(arguments, error, message):
-    with pytest.raises(error, match=message):
-        image_flow().inpaint(normal(*X, dtype=torch.float64), *arguments)

@@ -59,13 +59,3 @@ def test_terms_take_a_context(release):
     assert_close(log_prob, model.log_prob(x, context=CLASSES), terms=10_000)
     other = model.terms(x, stage=1, release=release, context=1 - CLASSES)
     assert not torch.allclose(terms.loss, other.loss, rtol=1e-3)
-    terms.loss.mean().backward()
-    trained = model.stages if release else [model.stages[1]]
-    assert all(p.grad is not None for stage in trained for p in stage.parameters())
-
-
-def test_the_deviation_takes_a_context():
-    model, x = hierarchy(), normal(*X, dtype=torch.float64)
-    expected = (model.distance(x, context=CLASSES).square().mean() / (16 - 3)).sqrt().item()
-    assert model.deviation(x, context=CLASSES) == pytest.approx(expected)
-    assert model.deviation(x, context=1 - CLASSES) != pytest.approx(expected)

@@ -99,19 +99,3 @@ def test_it_counts_the_directions_that_are_wider_than_the_scale():
     for scale, dimension in ((1e-5, 4), (0.05, 2), (100.0, 0)):
         mean = local_dimension(flow, x, scale).value.mean().item()
         assert mean == pytest.approx(dimension, abs=0.02)
-
-
-def test_bad_arguments():
-    flow = VectorFlow(3, 1)
-    for scale in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="scale: expected a finite number > 0"):
-            local_dimension(flow, torch.zeros(1, 3), scale)
-    for model in (flow, ManifoldFlow(flow, 2)):
-        with pytest.raises(ValueError, match="x: expected at least one sample"):
-            local_dimension(model, torch.zeros(0, 3), 1.0)
-    with pytest.raises(ValueError, match="max_bytes: expected at least 72"):
-        local_dimension(flow, torch.zeros(1, 3), 1.0, max_bytes=71)
-    with pytest.raises(ValueError, match="method: expected"):
-        local_dimension(flow, torch.zeros(1, 3), 1.0, method="random")
-    with pytest.raises(ValueError, match="probes: expected"):
-        local_dimension(flow, torch.zeros(1, 3), 1.0, probes=1)

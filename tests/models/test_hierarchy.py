@@ -5,7 +5,7 @@ import pytest
 import torch
 from cases import normal
 
-from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective
 from mflow_kernels.testing import assert_close
 from models.flows import hierarchy
 
@@ -147,42 +147,3 @@ def test_initialize_sets_one_stage():
         for stage in model.stages
     ]
     assert flags == [{False}, {True}]
-
-
-@pytest.mark.parametrize(
-    ("stages", "error", "message"),
-    [
-        (lambda a: [], ValueError, "stages: expected at least one ManifoldFlow, got none"),
-        (lambda a: [a, VectorFlow(6, 1, 4)], TypeError,
-         r"stages\[1\]: expected a ManifoldFlow, got VectorFlow"),
-        (lambda a: [a, ManifoldFlow(VectorFlow(5, 1, 4), 2)], ValueError,
-         r"stages\[1\]: expected a flow on \(6,\), .* got one on \(5,\)"),
-    ],
-)  # fmt: skip
-def test_stages_that_do_not_match(stages, error, message):
-    with pytest.raises(error, match=message):
-        HierarchicalFlow(stages(*hierarchy(6).stages))
-
-
-@pytest.mark.parametrize(
-    ("call", "arguments", "error", "message"),
-    [
-        *(
-            (call, {"stages": n}, ValueError, f"stages: expected .* 2, got {n}")
-            for call in ("encode", "project", "log_prob")
-            for n in (-1, 3)
-        ),
-        *(
-            (call, {"stage": n}, ValueError, f"stage: expected 0 to 1, got {n}")
-            for call in ("terms", "initialize")
-            for n in (-1, 2)
-        ),
-        ("log_prob", {"stages": 0}, ValueError, "stages: expected 1 to 2, got 0"),
-        ("sample", {"stages": 0}, ValueError, "stages: expected 1 to 2, got 0"),
-        ("encode", {"stages": 1.0}, TypeError, "stages: expected a whole number, got float"),
-    ],
-)
-def test_bad_numbers_of_stages(call, arguments, error, message):
-    given = 2 if call == "sample" else normal(*X, dtype=torch.float64)
-    with pytest.raises(error, match=message):
-        getattr(hierarchy(6, 4), call)(given, **arguments)

@@ -59,28 +59,6 @@ def test_encode_and_decode_follow_the_mask():
     torch.testing.assert_close(flow.off_masks(), tuple(~m for m in mask))
 
 
-def test_log_prob_is_that_of_the_objective():
-    flow = image_flow(ManifoldObjective("latent", "l1", weight=30.0))
-    x = normal(3, 1, 4, 4, dtype=torch.float64)
-    assert torch.equal(flow.log_prob(x), flow.terms(x).log_likelihood)
-
-
-def test_samples_repeat_with_their_generator(device):
-    flow = image_flow().to(device)
-
-    def draw(seed, **options):
-        return flow.sample(4, generator=torch.Generator(device).manual_seed(seed), **options)
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert draw(1).shape == (4, 1, 4, 4)
-    assert draw(1).dtype == torch.float64
-    assert not draw(1).requires_grad
-    cold = draw(1, temperature=0.0)
-    assert torch.equal(cold, cold[:1].expand_as(cold))
-    assert_close(flow.encode(draw(1, temperature=0.5)), flow.encode(draw(1)) / 2, terms=10_000)
-
-
 def test_the_state_dict_holds_the_masks():
     mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
     flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
@@ -89,54 +67,6 @@ def test_the_state_dict_holds_the_masks():
     x = normal(2, 1, 4, 4)
     assert torch.equal(other.encode(x), flow.encode(x))
     torch.testing.assert_close(other.off_masks(), flow.off_masks())
-
-
-def test_gradients_reach_every_parameter():
-    for domain in ("latent", "data"):
-        # Enough hidden units and samples for some to be active in every network.
-        flow = image_flow(ManifoldObjective(domain), width=16)
-        flow.terms(normal(32, 1, 4, 4, dtype=torch.float64)).loss.sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-        assert all(p.grad.any() for p in flow.parameters())
-
-
-def ones(*sizes):
-    return tuple(torch.ones(size, dtype=torch.bool) for size in sizes)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({}, ValueError, "manifold_dim, mask: expected at least one of them, got neither"),
-        (
-            {"manifold_dim": 2, "mask": (torch.eye(2) > 0, torch.ones(8, 1, 1) > 0)},
-            ValueError,
-            "expected the same dimension, got manifold_dim=2 and a mask with 12",
-        ),
-        ({"manifold_dim": 2.5}, TypeError, "manifold_dim: expected a whole number, got float"),
-        ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, got 0"),
-        ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, got 17"),
-        (
-            {"mask": ones((2, 2, 2))},
-            ValueError,
-            r"mask: expected one mask per latent that can broadcast to .*got \(\(2, 2, 2\),\)",
-        ),
-        (
-            {"mask": ones((2, 3), (8, 1, 1))},
-            ValueError,
-            r"mask: expected .* broadcast to \(\(2, 2, 2\), \(8, 1, 1\)\), got \(\(2, 3\), \(8",
-        ),
-        ({"mask": torch.ones(8, 1, 1) > 0}, TypeError, "mask: expected a tuple of .*got Tensor"),
-        (
-            {"mask": tuple(m.float() for m in ones((2, 2, 2), (8, 1, 1)))},
-            TypeError,
-            "mask: expected dtype bool, got .*float32",
-        ),
-    ],
-)
-def test_bad_masks(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
 
 
 def test_masks_broadcast_and_may_repeat_the_dimension():
@@ -192,31 +122,6 @@ def test_an_empty_mask_leaves_the_penalty_alone(domain):
     assert not flow.manifold_log_prob(x).value.any()
     off = torch.zeros_like(penalty) if domain == "latent" else terms.off_manifold
     assert_close(terms.loss, penalty - logdet - off, terms=100)
-
-
-ZERO = torch.zeros(1, 5, dtype=torch.float64)
-TEMPERATURE = "temperature: expected a finite number >= 0, got"
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda _: ManifoldFlow(torch.nn.Linear(2, 2), 1), TypeError,
-         "flow: expected a bijection with .*, got Linear"),
-        (lambda _: ManifoldFlow(VectorFlow(2, 1, 2), 1, objective="data"), TypeError,
-         "objective: expected a ManifoldObjective, got str"),
-        (lambda f: f.decode(normal(2, 4)), ValueError, r"u: expected shape \(N, 5\), got \(2, 4\)"),
-        (lambda f: f.decode(ZERO.long()), TypeError, "u: expected dtype float32, .* got int64"),
-        (lambda f: f.sample(2.0), TypeError, "n: expected a whole number, got float"),
-        (lambda f: f.sample(0), ValueError, "n: expected at least 1, got 0"),
-        *((lambda f, t=t: f.sample(1, temperature=t), ValueError, TEMPERATURE)
-          for t in (-1.0, math.inf, math.nan)),
-        (lambda f: f.lift(ZERO, temperature=-1.0), ValueError, TEMPERATURE),
-    ],
-)  # fmt: skip
-def test_bad_calls(call, error, message):
-    with pytest.raises(error, match=message):
-        call(image_flow())
 
 
 @pytest.mark.parametrize("reversible", [True, False])

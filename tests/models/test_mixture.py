@@ -102,37 +102,3 @@ def test_a_mixture_separates_what_one_gaussian_joins():
         x = hierarchy(components).sample(500, generator=torch.Generator().manual_seed(1))
         medians.append(torch.cdist(x, in_a_plane()).amin(1).median())
     assert medians[0] < medians[1] / 2
-
-
-def test_it_is_saved_and_loaded(tmp_path):
-    model = hierarchy()
-    model.save_pretrained(tmp_path / "model")
-    loaded = HierarchicalFlow.from_pretrained(tmp_path / "model")
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loaded.log_prob(x), model.log_prob(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda: GaussianMixture(3, 0), ValueError, "components: expected"),
-        (lambda: GaussianMixture(0, 3), ValueError, "dim: expected"),
-        (
-            lambda: GaussianMixture(3, 2).log_prob(torch.zeros(2, 4)),
-            ValueError,
-            "u: expected shape",
-        ),
-        (lambda: GaussianMixture(3, 2).fit(torch.zeros(1, 3)), ValueError, "at least 2 samples"),
-        (lambda: GaussianMixture(3, 2).fit(torch.full((2, 3), torch.nan)), ValueError, "finite"),
-        (lambda: GaussianMixture(3, 2).sample(0), ValueError, "n: expected"),
-        (lambda: with_prior(GaussianMixture(3, 2)), ValueError, "prior: expected the 2 dimensions"),
-        (lambda: with_prior(torch.zeros(3)), TypeError, "prior: expected a GaussianMixture"),
-    ],
-)
-def test_bad_input(call, error, words):
-    with pytest.raises(error, match=words):
-        call()
-
-
-def with_prior(prior: object) -> ManifoldFlow:
-    return ManifoldFlow(VectorFlow(4, steps=1), 2, prior=prior)  # type: ignore[arg-type]

@@ -12,38 +12,22 @@ from models.flows import assert_gradient_is_a_difference, image_flow
 from models.objectives_by_hand import X, log_normal, rho_of, split_latents
 
 
+@pytest.mark.parametrize("domain", ["latent", "data"])
 @pytest.mark.parametrize("rho", RHOS)
-def test_latent_domain_by_hand(rho, device):
-    flow = image_flow(ManifoldObjective("latent", rho, weight=7.0, delta=0.4)).to(device)
+def test_terms_by_hand(domain, rho, device):
+    """The penalty is on v and defines p_V, or it is on reconstructions and p_V is Gaussian."""
+    objective = ManifoldObjective(domain, rho, weight=7.0, delta=0.4, sigma=0.3)
+    flow = image_flow(objective).to(device)
     x = normal(*X, dtype=torch.float64, device=device)
     u, v, logdet = split_latents(flow, x)
-    on = log_normal(u, 1)
-    penalty = 7.0 * rho_of(rho, v, 0.4).sum(1)
+    e = v if domain == "latent" else x - flow.decode(u)
+    on, penalty = log_normal(u, 1), 7.0 * rho_of(rho, e, 0.4).flatten(1).sum(1)
     terms = flow.terms(x)
-    assert_close(terms.on_manifold, on, terms=100)
-    assert_close(terms.penalty, penalty, terms=100)
-    assert_close(terms.logdet, logdet, terms=100)
-    assert_close(terms.loss, penalty - on - logdet, terms=100)
-    assert_close(
-        terms.log_likelihood, terms.on_manifold + terms.off_manifold + terms.logdet, terms=100
-    )
-
-
-@pytest.mark.parametrize("rho", RHOS)
-def test_data_domain_by_hand(rho, device):
-    """The penalty is on reconstructions, p_V is Gaussian, and the likelihood has no penalty."""
-    flow = image_flow(ManifoldObjective("data", rho, weight=7.0, delta=0.4, sigma=0.3)).to(device)
-    x = normal(*X, dtype=torch.float64, device=device)
-    u, v, logdet = split_latents(flow, x)
-    on = log_normal(u, 1)
-    off = log_normal(v, 0.3)
-    penalty = 7.0 * rho_of(rho, x - flow.decode(u), 0.4).flatten(1).sum(1)
-    terms = flow.terms(x)
-    for got, want in zip(
-        terms,
-        Terms(penalty - on - off - logdet, on + off + logdet, on, off, logdet, penalty),
-        strict=True,
-    ):
+    # `test_p_v_is_a_density` checks the normalizer of the latent domain.
+    off = terms.off_manifold if domain == "latent" else log_normal(v, 0.3)
+    loss = penalty - on - logdet - (0 if domain == "latent" else off)
+    wants = Terms(loss, on + off + logdet, on, off, logdet, penalty)
+    for got, want in zip(terms, wants, strict=True):
         assert_close(got, want, terms=100)
 
 

@@ -1,6 +1,7 @@
 """The methods of all models take the same arguments, with the same meaning."""
 
 import inspect
+import math
 from collections.abc import Callable
 
 import pytest
@@ -126,6 +127,7 @@ def test_one_context_serves_all_samples(model, x):
             "decode": lambda c: model.decode(u, context=c),
             "density": lambda c: model.manifold_log_prob(x, context=c).value,
             "interpolate": lambda c: model.interpolate(x, x.flip(0), 3, context=c),
+            "deviation": lambda c: torch.tensor(model.deviation(x, context=c)),
             "initialize": lambda c: model.initialize(x, context=c, **staged(model))[1],
         }
     elif not isinstance(model, ReversibleChain):
@@ -187,7 +189,6 @@ def test_gradients_of_samples_and_their_density(model):
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, terms=10_000, scale=max(1.0, b.abs().max().item()))
     assert got[-1].any()
-    assert not model.sample(2, context=context).requires_grad
 
 
 def test_initialize_returns_the_latents_of_the_batch(model, x):
@@ -208,13 +209,36 @@ def test_initialize_returns_the_latents_of_the_batch(model, x):
     torch.testing.assert_close((z, logdet), (want, want_logdet), rtol=0, atol=0)
 
 
-def test_the_temperature_scales_every_draw(model):
+def coordinates(model: Flow | Chart, x: Tensor, context: Tensor) -> Tensor:
+    """The numbers that a sample is drawn from: u, or all latents."""
+    if isinstance(model, Chart):
+        return model.encode(x, context=context)
+    z, _ = model(x, context.expand(len(x), K))
+    return torch.cat([part.flatten(1) for part in (z if isinstance(z, tuple) else (z,))], 1)
+
+
+def test_draws_repeat_with_their_generator_and_scale_with_the_temperature(model):
     context = vector(torch.tensor([1]))
-    for draw in (model.sample, lambda *a, **k: model.sample_and_log_prob(*a, **k)[0]):
-        cold = draw(3, context=context, temperature=0.0)
+    for draw in (model.sample, lambda *a, **k: model.sample_and_log_prob(*a, **k)[0].detach()):
+
+        def of(seed, temperature=1.0, draw=draw):
+            how = {"context": context, "temperature": temperature}
+            return draw(3, **how, generator=seeded(seed))
+
+        x = of(1)
+        assert (x.shape, x.dtype) == ((3, *model.input_shape), torch.float64)
+        assert torch.equal(of(1), x)
+        assert not torch.equal(of(2), x)
+        cold = of(1, 0.0)
         assert_close(cold, cold[:1].expand_as(cold), terms=100)
-        with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):
-            draw(1, context=context, temperature=-1.0)
+        warm, cool = (coordinates(model, each, context) for each in (of(1), of(1, 0.5)))
+        assert_close(cool, warm / 2, terms=10_000, scale=warm.abs().max().item())
+        for temperature in (-1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
+                of(1, temperature)
+    assert not model.sample(2, context=context).requires_grad
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        model.sample(0, context=context)
 
 
 class TestDistribution:

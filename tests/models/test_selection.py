@@ -111,31 +111,3 @@ def test_ties_go_to_the_later_pixel():
     flow = Scale([1.0, 1.0, 1.0])
     (mask,) = manifold_mask_from_data(flow, torch.zeros(2, 3, dtype=torch.float64), 2)
     assert mask.tolist() == [False, True, True]
-
-
-def test_bad_arguments():
-    flow = Scale(DEVIATIONS)
-    x, none = torch.ones(2, 5, dtype=torch.float64), torch.ones(0, 5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"manifold_dim: expected 1 to 5, got 6"):
-        manifold_mask_from_data(flow, x, 6)
-    with pytest.raises(ValueError, match="probes: expected at least 1, got 0"):
-        latent_importance(flow, x, probes=0)
-    for call in (latent_importance, estimate_intrinsic_dimension):
-        with pytest.raises(
-            ValueError, match=r"x: expected at least one sample, got shape \(0, 5\)"
-        ):
-            call(flow, none)
-    with pytest.raises(ValueError, match=r"max_bytes: .* least 200 for .* 5 x 5 .*got 199"):
-        estimate_intrinsic_dimension(flow, x, max_bytes=199)
-    with pytest.raises(ValueError, match="flow: expected two dimensions or more, got 1"):
-        estimate_intrinsic_dimension(Scale([1.0]), x[:, :1])
-
-
-def test_data_that_is_not_finite_is_refused():
-    x = torch.ones(2, 5, dtype=torch.float64)
-    x[0, 0] = math.nan
-    message = "x: expected data that the flow maps to finite numbers"
-    with pytest.raises(ValueError, match=message):
-        manifold_mask_from_data(Scale(DEVIATIONS), x, 2)
-    with pytest.raises(ValueError, match=message):
-        estimate_intrinsic_dimension(Scale([1.0, math.inf]), x[:, :2])

@@ -191,21 +191,7 @@ def test_any_bijection_of_plain_torch_works():
     assert_close(got, torch.full_like(got, -math.log(2 * 5) - LOG_2PI), terms=10)
 
 
-def test_bad_arguments():
-    model = image_flow()
-    x = normal(3, 1, 4, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="method: expected one of exact, hutchinson, got 'exakt'"):
-        model.manifold_log_prob(x, method="exakt")
-    with pytest.raises(ValueError, match="probes: expected at least 2, got 1"):
-        model.manifold_log_prob(x, method="hutchinson", probes=1)
-    with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
-        model.manifold_log_prob(x, method="hutchinson", iterations=0)
-    with pytest.raises(ValueError, match="method: expected one of exact, hutchinson, got 'exakt'"):
-        image_flow(16).manifold_log_prob(x, method="exakt")  # checked even if no method is needed
-    message = "at least 1,920 for .* 16 x 5 .*3 at once.*got 1,000; method='hutchinson' estimates"
-    with pytest.raises(ValueError, match=message):
-        model.manifold_log_prob(x, max_bytes=1000)
+def test_one_sample_at_a_time_takes_less_memory():
     with torch.no_grad():
-        assert model.manifold_log_prob(x, max_bytes=1000).value.isfinite().all()
-        with pytest.raises(ValueError, match=r"at least 640 for .*one at a time.*got 639"):
-            model.manifold_log_prob(x, max_bytes=639)
+        x = normal(3, 1, 4, 4, dtype=torch.float64)
+        assert image_flow().manifold_log_prob(x, max_bytes=1000).value.isfinite().all()

@@ -261,14 +261,14 @@ class Scripted(nn.Module):
 
 
 class Noisy(Net):
-    """Random slopes, and statistics of instances that are tracked."""
+    """Random slopes, dropout, and statistics of instances and of batches that are tracked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
             nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
-            nn.Linear(8, 4),
+            nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4),
         )  # fmt: skip
 
 
@@ -278,11 +278,13 @@ def test_networks_that_are_rerun_as_they_are(net: Callable[[], nn.Module], every
     # Not a deep copy: the copied parameters of a scripted module are no leaves.
     stored, rebuilt = (chain_of(net, reversible=r, checkpoint_every=every) for r in (False, True))
     for _ in range(3):
-        results = []
+        results, generators = [], []
         for chain in (rebuilt, stored):
             torch.manual_seed(2)
             results.append(gradients(chain, X, call=chain))
+            generators.append(torch.get_rng_state())
         assert_all_close(*results, terms=1000)
+        assert torch.equal(*generators)
     for a, b in zip(rebuilt.buffers(), stored.buffers(), strict=True):
         assert_close(a.double(), b.double(), terms=1000)
 
