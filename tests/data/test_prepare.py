@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import TINY, listing, refused, write_images, zip_up
-from training.spies import spy
+from tiny_runs import TINY, listing, refused, spy, write_images, zip_up
 
 from benchmarks.celeba.fake_celeba import make_celeba
 from data.waiting import wait_until

@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from cases import HostReads
-from tiny_runs import checkpoint, metrics, weights
+from tiny_runs import assert_same_run, checkpoint, metrics, spy, train_until, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.config import TrainConfig
@@ -18,8 +18,6 @@ from mflow_kernels.training.cli import main
 from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining
-from training.spies import spy
-from training.stopped_runs import assert_same_run, train_until
 
 
 def rows(folder):
