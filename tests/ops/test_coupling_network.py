@@ -131,9 +131,21 @@ def test_values_and_gradients(kernel_device: torch.device, case: Case, dtype: to
     assert_matches(sample(*case, dtype, kernel_device))
 
 
-@pytest.mark.parametrize("case", TILED, ids=str)
-def test_taps_of_neighbours_in_other_tiles(kernel_device: torch.device, case: Case) -> None:
-    assert_matches(sample(*case, torch.bfloat16, kernel_device))
+@pytest.mark.parametrize(
+    ("case", "layout", "weights"),
+    [
+        *((case, "channels_last", None) for case in TILED),
+        (((2, 3, 5, 7), 20, 8), "contiguous", None),
+        (((2, 3, 5, 7), 20, 8), "transposed", None),
+        (((2, 3, 5, 7), 20, 8), "second half, channels_last", None),
+        (((2, 3, 4, 4), 32, 8), "channels_last", torch.float32),  # as under autocast
+    ],
+    ids=str,
+)
+def test_tiles_layouts_and_wide_weights(
+    kernel_device: torch.device, case: Case, layout: str, weights: torch.dtype | None
+) -> None:
+    assert_matches(sample(*case, torch.bfloat16, kernel_device, layout, weights))
 
 
 @pytest.mark.parametrize("case", HOPPER_TILED, ids=str)
@@ -182,17 +194,6 @@ def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) ->
     assert not found[2].isfinite().any()
     others = [0, 1, 3, 4]
     assert torch.equal(found[others], expected[others])
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])
-def test_layouts(kernel_device: torch.device, layout: str) -> None:
-    assert_matches(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
-
-
-def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
-    """Weights and their gradients are in float32, as under autocast."""
-    given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
-    assert_matches(given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

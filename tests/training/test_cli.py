@@ -255,6 +255,7 @@ class TestExports:
 
 
 SPLINES = "--coupling spline --bins 3 --stage-coupling spline --stage-bins 4"
+SPLINES += " --release --error-bound 0.001"
 JET = "--optimizer muon --flow jet --patch 2 --couplings 3 --depth 1 --heads 2 --width 4"
 
 
