@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import listing, refused, write_images
+from tiny_runs import listing, refused, spy, write_images
 from torchvision.models import resnet18
 
 from mflow_kernels import Glow
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import load_splits
-from mflow_kernels.evaluation import report
+from mflow_kernels.evaluation import report, report_pictures
 from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     held_out_images,
@@ -265,15 +265,19 @@ class TestImages:
         assert main(["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]) == 0
         assert torch.equal(seen[0], before.batch(range(10)))
 
-    def test_other_images_are_not_called_held_out(self, run, images, tmp_path, capsys):
+    def test_other_images_are_not_called_held_out(self, run, images, tmp_path, monkeypatch, capsys):
         """A copy of the run's own images, and images that it has never seen."""
+        titles = []
+        spy(monkeypatch, report_pictures, "draw_images", lambda _, title, *__: titles.append(title))
         shutil.copytree(images, tmp_path / "copy")
         other = write_images(tmp_path / "others", count=4, seed=7)
         pages = []
         for data in ([], ["--data", str(tmp_path / "copy")], ["--data", str(other)]):
             command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
             assert main([*command, *data]) == 0
-            pages.append(Page((tmp_path / "report" / "report.html").read_text()).text)
+            page = Page((tmp_path / "report" / "report.html").read_text())
+            pages.append("\n".join([*titles, page.text]))
+            titles.clear()
         assert "images of faces (1x8x8) that it was not trained on." in pages[0]
         for words in ("between held-out images", "ends with one of the held-out images"):
             assert words in pages[0]
