@@ -67,7 +67,7 @@ def test_no_kernel_of_a_training_step_is_left_to_its_first_launch(tmp_path):
 
 
 def test_a_kernel_that_cannot_be_compiled_does_not_end_training(tmp_path):
-    """It takes about 10 s: all stages of the compiler before the failing one run, for each kernel."""
+    """It takes about 10 s, because every stage of the compiler before the failing one runs."""
     script = tmp_path / "script.py"
     text = (
         SCRIPT.partition("threads = 2")[0]
