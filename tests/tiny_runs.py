@@ -1,14 +1,23 @@
-"""Options and images small enough for tests that train, and helpers that read runs."""
+"""Tiny runs for tests that train: options, images, fixtures, and helpers that stop and read runs.
+
+A folder of tests imports the fixtures that it needs in its conftest.
+"""
 
 import csv
 import os
+import shutil
 import socket
 import sys
 import zipfile
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+
+from mflow_kernels.training.cli import main
 
 # Options of mflow train: two stages of three steps on ten images of 8x8.
 TINY = [
@@ -59,9 +68,82 @@ def metrics(folder, column=None):
         return [row for row in csv.DictReader(file) if column is None or row[column]]
 
 
+def spy(monkeypatch, owner, name, note):
+    """Call `note` with the arguments of each call of `owner.name`, before the call."""
+    original = getattr(owner, name)
+
+    def noted(*args, **kwargs):
+        note(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
+
+
+class PowerCut(Exception):
+    """An error that nothing in the package catches, like the death of the process."""
+
+
+def before_step(patch, step, act, hook="training_step"):
+    """Call `act()` before a hook of FlowTraining runs in this step, counted from 0."""
+    from mflow_kernels.training.module import FlowTraining
+
+    def note(training, *args, **kwargs):
+        if training.global_step == step:
+            act()
+
+    spy(patch, FlowTraining, hook, note)
+
+
+def train_until(step, command, monkeypatch, hook="training_step"):
+    """Run a command that a power cut ends before a hook of FlowTraining runs in this step."""
+
+    def cut():
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        before_step(patch, step, cut, hook)
+        with pytest.raises(PowerCut):
+            main(command)
+
+
+def start(command, prepare=lambda: None, log=os.devnull):
+    """Run `mflow` in a forked process after `prepare()`, with output in `log`; return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+            prepare()
+            code = main(command)
+        finally:
+            os._exit(code)
+    return child
+
+
+def exit_code(child):
+    """Wait for a child process and return its exit code, or its signal's number, negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def assert_same_run(folder, whole):
+    """Compare checkpoints, metrics and evaluations bit by bit, but not the speed."""
+    one, other = checkpoint(folder), checkpoint(whole)
+    for run in (one, other):
+        for schedule in run["lr_schedulers"]:
+            del schedule["_step_count"]  # of calls since the process started
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+    timed = {"images_per_second": ""}
+    rows, expected = ([row | timed for row in metrics(run)] for run in (folder, whole))
+    assert rows == expected
+    evaluations = [(run / "evaluation.json").read_text() for run in (folder, whole)]
+    assert evaluations[0] == evaluations[1]
+
+
 def refused(arguments, folder, capsys, code=2):
     """Assert that a command fails with one line and writes nothing in a folder; return the line."""
-    from mflow_kernels.training.cli import main
 
     def times():
         return {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)}
@@ -83,39 +165,71 @@ def torchrun(command, states):
     Each rank writes its output to `states/log<rank>` and its final weights to `states/<rank>.pt`.
     """
     from mflow_kernels.training import train
-    from mflow_kernels.training.cli import main
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                for descriptor in (1, 2):
-                    log = os.open(states / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                    os.dup2(log, descriptor)
-                sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-                os.environ |= {
-                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
-                    **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"},
-                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
-                    "GLOO_SOCKET_IFNAME": "lo",
-                }
-                fit = train._fit
 
-                def spied(run, fit=fit, rank=rank):
-                    averaged = fit(run)
-                    state = {**run.model.state_dict(), **averaged.state_dict(prefix="average.")}
-                    torch.save(state, states / f"{rank}.pt")
-                    return averaged
+    def join(rank):
+        os.environ |= {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
+        }
+        fit = train._fit
 
-                train._fit = spied
-                code = main(command)
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        def spied(run):
+            averaged = fit(run)
+            state = {**run.model.state_dict(), **averaged.state_dict(prefix="average.")}
+            torch.save(state, states / f"{rank}.pt")
+            return averaged
+
+        train._fit = spied
+
+    children = [start(command, partial(join, rank), states / f"log{rank}") for rank in range(2)]
+    codes = list(map(exit_code, children))
     assert codes == [0, 0], (states / "log0").read_text()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """A cache of prepared images for the tests only."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MFLOW_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Save pictures of one pixel, because drawing takes two thirds of the time of a tiny run.
+
+    Tests with the mark `pictures` draw, and so does the fixture `trained`, which is set up earlier.
+    """
+    if "pictures" not in request.keywords:
+        blank = Image.new("L", (1, 1))
+        monkeypatch.setattr(Figure, "savefig", lambda _, to, format: blank.save(to, format))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "faces")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, images):
+    """A finished tiny run. Tests must not change it; `run` is a copy for those that do."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", *TINY, "--data", str(images), "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    """The arguments that train a tiny run in `tmp_path / "run"`."""
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]

@@ -184,12 +184,12 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    memory = gpu_memory
+    memory, stored = gpu_memory, None
     if memory is None and there:
         memory = torch.cuda.get_device_properties(0).total_memory
     if memory is not None:
-        choose_states(resolved, config, memory, processes=1)
-    steps = walk(resolved)
+        stored = choose_states(resolved, config, memory, processes=1)
+    steps = walk(resolved) if stored is None or resolved.reversible else stored
     parts = [describe_peak(resolved, steps)]
     if not gpu and config.device != "cpu":  # the hours are those of GPUs, which this machine lacks
         on_gpu = dataclasses.replace(resolved, device="cuda")
@@ -197,7 +197,9 @@ def plan(options: dict[str, Any]) -> Work:
     else:
         parts.append(describe_training(resolved, steps, images))
     if gpu_memory is not None:
-        parts.append(describe_fit(resolved, steps, gpu_memory))
+        parts.append(
+            describe_fit(resolved, steps, gpu_memory, stored if resolved.reversible else None)
+        )
     return lambda: print("\n\n".join(parts))
 
 

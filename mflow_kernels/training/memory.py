@@ -103,7 +103,9 @@ def walk(config: RunConfig) -> list[Step]:
     return [step_of(config, stage, model) for stage in range(len(config.flows))]
 
 
-def choose_states(resolved: RunConfig, config: TrainConfig, memory: int, processes: int) -> None:
+def choose_states(
+    resolved: RunConfig, config: TrainConfig, memory: int, processes: int
+) -> list[Step] | None:
     """Let a configuration whose options leave the choice store its states if a card has room.
 
     There is room if the prediction, a tenth more, and `LIBRARIES` fit.
@@ -113,11 +115,17 @@ def choose_states(resolved: RunConfig, config: TrainConfig, memory: int, process
         config: the options.
         memory: of a card, in bytes.
         processes: number of processes, each with a card, that share a batch.
+
+    Returns:
+        The walk of one process's part of a batch with stored states; None if the options decide.
     """
-    if config.reversible is None:
-        part = resolved.batch_size // processes
-        stored = dataclasses.replace(resolved, reversible=False, batch_size=part, device="cuda")
-        resolved.reversible = 1.1 * highest(walk(stored)).total + LIBRARIES > memory
+    if config.reversible is not None:
+        return None
+    part = resolved.batch_size // processes
+    stored = dataclasses.replace(resolved, reversible=False, batch_size=part, device="cuda")
+    steps = walk(stored)
+    resolved.reversible = 1.1 * highest(steps).total + LIBRARIES > memory
+    return steps
 
 
 def highest(steps: Sequence[Step]) -> Step:

@@ -150,11 +150,15 @@ def describe_training(config: RunConfig, steps: Sequence[Step], images: int | No
     return "\n".join(lines)
 
 
-def describe_fit(config: RunConfig, steps: Sequence[Step], gpu_memory: int) -> str:
+def describe_fit(
+    config: RunConfig, steps: Sequence[Step], gpu_memory: int, other: Sequence[Step] | None = None
+) -> str:
     """Return the lines of `mflow plan` that say what fits in the memory, and which options help.
 
     Args:
         steps: `walk(config)`.
+        other: the same with states stored in place of rebuilt, or rebuilt in place of stored, if
+            they are known.
     """
     batch, room = largest_batch(config, gpu_memory, steps), readable(gpu_memory)
     fits = config.batch_size <= batch
@@ -164,7 +168,7 @@ def describe_fit(config: RunConfig, steps: Sequence[Step], gpu_memory: int) -> s
         lines.append(
             "Nobody has trained with batches of that size, or tuned a learning rate for it."
         )
-    other = walk(dataclasses.replace(config, reversible=not config.reversible))
+    other = other or walk(dataclasses.replace(config, reversible=not config.reversible))
     needed = highest(other).total
     rebuilt, stored = steps[0].kernels, other[0].kernels
     if not config.reversible:

@@ -1,1 +1,1 @@
-from run_fixtures import cache, images, trained  # noqa: F401 - fixtures
+from tiny_runs import cache, images, trained  # noqa: F401 - fixtures

@@ -6,17 +6,14 @@ A damaged prepared file is refused with one line and exit code 2. A damaged jour
 import json
 import re
 import struct
-import threading
 
 import pytest
-from tiny_runs import TINY, listing, refused, write_images
+from tiny_runs import TINY, listing, refused
 
-from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
-from mflow_kernels.data.journal import lock_journal
 from mflow_kernels.data.prepare import prepare_images
 from mflow_kernels.data.prepared import HEADER_BYTES
-from mflow_kernels.data.sources import DataError, find_images
+from mflow_kernels.data.sources import find_images
 from mflow_kernels.training.cli import main
 
 COUNT = 12
@@ -163,25 +160,3 @@ class TestJournal:
         assert main(command) == 2
         assert "Too many levels of symbolic links" in capsys.readouterr().err
         assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-    def test_another_process_made_it_of_other_images(self, images, whole, tmp_path, capsys):
-        out, journal = tmp_path / "a", tmp_path / ".a.journal"
-        other = find_images(write_images(tmp_path / "other", 5))
-        raised = []
-
-        def second():
-            try:
-                prepare_images(other, out, 8, workers=1, overwrite=False)
-            except DataError as error:
-                raised.append(str(error))
-
-        with lock_journal(journal):
-            thread = threading.Thread(target=second)
-            thread.start()
-            wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
-            out.write_bytes(whole)
-            journal.unlink()
-        thread.join()
-        assert raised == [f"out: another process wrote {out} while this one waited"]
-        assert out.read_bytes() == whole
-        assert not list(tmp_path.glob(".*"))

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import write_images
 
 from mflow_kernels.data.manifest import Manifest
-from mflow_kernels.data.splits import DataError, load_evaluation_set, load_splits
+from mflow_kernels.data.splits import DataError, load_splits
 
 
 def manifest(*rows):
@@ -125,11 +125,3 @@ class TestData:
             splits.held_out_by(then)
         with pytest.raises(DataError, match="the 1 images that the run was trained on, found none"):
             splits.trained_on_by(then)
-
-    def test_training_images_in_another_folder(self, tmp_path):
-        splits = load_splits(str(write_images(tmp_path / "f", 10)), 8)
-        (tmp_path / "g").mkdir()
-        for name in ("000", "001", "002"):
-            (tmp_path / "f" / f"{name}.png").rename(tmp_path / "g" / f"{name}-copy.png")
-        found = load_evaluation_set(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
-        assert found.tolist() == (splits.manifest.parts[:3] == 0).tolist()

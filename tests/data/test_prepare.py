@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -8,25 +7,34 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import TINY, listing, refused, write_images, zip_up
-from training.spies import spy
+from tiny_runs import TINY, listing, refused, spy, write_images, zip_up
 
 from benchmarks.celeba.fake_celeba import make_celeba
-from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode
+from mflow_kernels.data.journal import lock_journal
 from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import open_prepared
-from mflow_kernels.data.sources import find_images
+from mflow_kernels.data.sources import DataError, find_images
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.training.cli import main
 
 COUNT = 20
+
+
+def wait_until(holds):
+    """Wait until `holds()` is true. Fail after ten minutes, more than any machine needs."""
+    for _ in range(60_000):
+        if holds():
+            return
+        time.sleep(0.01)
+    pytest.fail("waited for ten minutes")
 
 
 @pytest.fixture(scope="module")
@@ -230,21 +238,32 @@ class TestInterrupted:
         prepare_images(source, out, 16, workers=1)
         assert out.read_bytes() == whole
 
+    @pytest.mark.parametrize("same", [True, False])
     def test_a_second_process_waits_for_the_first(
-        self, source, small_blocks, whole, tmp_path, capsys
+        self, same, source, small_blocks, whole, tmp_path, capsys
     ):
-        out, journal = tmp_path / "a", tmp_path / ".a.journal"
-        with journal.open("a+b") as first:
-            fcntl.flock(first, fcntl.LOCK_EX)
-            second = threading.Thread(target=prepare_images, args=(source, out, 16, 1))
+        out, journal, raised = tmp_path / "a", tmp_path / ".a.journal", []
+        images = source if same else find_images(write_images(tmp_path / "other", 5))
+
+        def prepare():
+            try:
+                prepare_images(images, out, 16, workers=1, overwrite=False)
+            except DataError as error:
+                raised.append(str(error))
+
+        with lock_journal(journal):
+            second = threading.Thread(target=prepare)
             second.start()
             wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
             out.write_bytes(whole)  # the first one is done now
             before = out.stat().st_ino
             journal.unlink()
         second.join()
-        assert out.stat().st_ino == before  # found, not made again
-        assert listing(tmp_path) == ["a"]
+        refusal = f"out: another process wrote {out} while this one waited"
+        assert raised == ([] if same else [refusal])
+        assert out.stat().st_ino == before  # not made again
+        assert out.read_bytes() == whole
+        assert not list(tmp_path.glob(".*"))
 
 
 class TestDiskFull:

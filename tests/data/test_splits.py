@@ -103,16 +103,6 @@ class TestFolder:
         assert torch.equal(grey[0], grey[1])
         assert torch.equal(grey[0], grey[2])
 
-    def test_files_that_are_no_images_are_skipped_and_named(self, tmp_path):
-        write_image(tmp_path / "a.png")
-        write_image(tmp_path / "b.png", seed=1)
-        (tmp_path / "notes.txt").write_text("no image")
-        torn = tmp_path / "torn.png"
-        torn.write_bytes((tmp_path / "a.png").read_bytes()[:200])
-        splits = load_splits(str(tmp_path), 8)
-        assert list(splits.skipped) == ["notes.txt", "torn.png"]
-        assert len(splits.train) + len(splits.test) == 2
-
     def test_one_image_cannot_be_split(self, tmp_path):
         write_image(tmp_path / "a.png")
         with pytest.raises(ValueError, match="at least 2 images"):

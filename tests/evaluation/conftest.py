@@ -1,1 +1,1 @@
-from run_fixtures import blank_pictures, cache, images, run, trained  # noqa: F401 - fixtures
+from tiny_runs import blank_pictures, cache, images, run, trained  # noqa: F401 - fixtures

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import listing, refused, write_images
+from tiny_runs import listing, refused, spy, write_images
 from torchvision.models import resnet18
 
 from mflow_kernels import Glow
@@ -265,39 +265,24 @@ class TestImages:
         assert main(["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]) == 0
         assert torch.equal(seen[0], before.batch(range(10)))
 
-    def test_other_images_are_not_called_held_out(self, run, tmp_path, monkeypatch, capsys):
+    def test_other_images_are_not_called_held_out(self, run, images, tmp_path, monkeypatch, capsys):
+        """A copy of the run's own images, and images that it has never seen."""
         titles = []
-        monkeypatch.setattr(
-            report_pictures, "draw_images", lambda path, title, rows: titles.append(title)
-        )
-        monkeypatch.setattr(
-            report_pictures, "draw_projections", lambda path, title, *_: titles.append(title)
-        )
-        monkeypatch.setattr(report, "page", lambda metrics, shape, config, pictures: "\n".join(
-            [p.caption for p in pictures.values()] + [row.name for row in metrics.scores]
-        ))  # fmt: skip
-        other, texts = write_images(tmp_path / "others", count=4, seed=7), []
-        for data in ([], ["--data", str(other)]):
+        spy(monkeypatch, report_pictures, "draw_images", lambda _, title, *__: titles.append(title))
+        shutil.copytree(images, tmp_path / "copy")
+        other = write_images(tmp_path / "others", count=4, seed=7)
+        pages = []
+        for data in ([], ["--data", str(tmp_path / "copy")], ["--data", str(other)]):
             command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
             assert main([*command, *data]) == 0
-            texts.append("\n".join([*titles, (tmp_path / "report" / "report.html").read_text()]))
+            page = Page((tmp_path / "report" / "report.html").read_text())
+            pages.append("\n".join([*titles, page.text]))
             titles.clear()
-        shown = ("{} and their projections", "between {}", "ends with one of the {}", "\n{}\n")
-        held_out = (*["Held-out images", "held-out images", "held-out images"], "held out")
-        others = ("Images of others", *3 * ["images of others"])
-        for text, names in zip(texts, (held_out, others), strict=True):
-            for words, name in zip(shown, names, strict=True):
-                assert words.format(name) in text
-        assert "held out" not in texts[1].lower().replace("-", " ")
-
-    def test_images_that_were_trained_on(self, run, images, tmp_path, capsys):
-        command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
-        shutil.copytree(images, tmp_path / "copy")
-        pages = []
-        for data in ([], ["--data", str(tmp_path / "copy")]):
-            assert main([*command, *data]) == 0
-            pages.append(Page((tmp_path / "report" / "report.html").read_text()).text)
         assert "images of faces (1x8x8) that it was not trained on." in pages[0]
+        for words in ("between held-out images", "ends with one of the held-out images"):
+            assert words in pages[0]
+            assert words.replace("held-out images", "images of others") in pages[2]
+        assert all("held out" not in page.lower().replace("-", " ") for page in pages[1:])
         assert "not trained on" not in pages[1]
         assert "Warning: the run was trained on 10 of the 12 images." in pages[1]
         assert "the run was trained on 10 of the 12 images" in capsys.readouterr().err

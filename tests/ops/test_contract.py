@@ -15,13 +15,18 @@ from cases import (
     learned,
     normal,
     options,
+    perturbed,
     sample,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness.inputs import Draw
 from mflow_kernels import Glow
+from mflow_kernels.ops.coupling_network import coupling_network_op, supports
 from mflow_kernels.ops.launch import KERNELS_ON_CPU, Walk, walking
+from mflow_kernels.testing import assert_close
 
 every = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=lambda op: op.id)
 every_flow = pytest.mark.parametrize("op", FLOW_OPERATORS.values(), ids=lambda op: op.id)
@@ -142,13 +147,25 @@ def test_empty_batch(op, shape, device):
         assert not grad.any()
 
 
+def network_op(*inputs):
+    """As compilers call it; `coupling_network` bypasses the registered operator elsewhere."""
+    return coupling_network_op(*inputs, True, supports(inputs[0], inputs[1], inputs[5]))[0]
+
+
 @cache
 def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
     """Calls of every operator by its name, as the public functions and a flow make them."""
     with Calls() as calls:
-        for op in FLOW_OPERATORS.values():
+        network = DIFFERENTIABLE["coupling_network"]
+        for op in [op for op in DIFFERENTIABLE.values() if op is not network]:
             layout = "contiguous" if "inverse" in op.id else "second half, channels_last"
             run(op, sample(op, (2, 4, 5, 4), device=device, layout=layout))
+        for shape in ((3, 4), (2, 4, 2, 3)):
+            dtypes = torch.bfloat16, torch.bfloat16
+            inputs = network.draw(Draw(shape, dtypes, device, width=16))
+            run(network, inputs, network_op)
+            frozen = {name: t.requires_grad_(name == "x_a") for name, t in inputs.items()}
+            run(network, frozen, network_op)
         glow = Glow((1, 6, 4), levels=1, steps=2, width=3).to(device)
         z, logdet = glow(normal(2, 1, 6, 4, device=device))
         back, negative = glow.inverse(z)
@@ -159,11 +176,8 @@ def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
     return by_name
 
 
-# The masked penalty and the coupling network have test files of their own.
 REGISTERED = sorted(
-    name
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("mflow::") and "masked_penalty" not in name and "network" not in name
+    name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mflow::")
 )
 
 
@@ -178,7 +192,55 @@ def test_opcheck(name, device):
     for func, args in looks.values():
         # A backward operator has no derivative of its own.
         leaves = [
-            a.detach().requires_grad_("_backward" not in name) if isinstance(a, Tensor) else a
+            a.detach().requires_grad_("_backward" not in name and a.is_floating_point())
+            if isinstance(a, Tensor)
+            else a
             for a in args
         ]
         torch.library.opcheck(func, leaves, **OPCHECKS)
+
+
+def tangents(call, inputs, directions):
+    """Tangents of all results; None for a result without one."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, v) for x, v in zip(inputs, directions, strict=True)]
+        return [forward_ad.unpack_dual(y).tangent for y in call(*duals)]
+
+
+@every
+def test_operators_carry_tangents(op, device):
+    """Kernels have no forward mode, so the references carry the tangents."""
+    inputs = sample(op, (2, 6, 3, 5), (torch.float64, torch.float64), device)
+    given = [value.detach() for value in learned(inputs)]
+    fixed = list(inputs.values())[len(given) :]
+    directions = [torch.randn_like(value) for value in given]
+    got = tangents(lambda *args: op.call(*args, *fixed, **options(op)), given, directions)
+    want = tangents(lambda *args: op.expected(*args, *fixed, **options(op)), given, directions)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, terms=1000)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_flows_carry_tangents(reversible, grad, device):
+    """Tangents agree with gradients: w . (J v) = (J^T w) . v."""
+    flow = perturbed(Glow((2, 4, 4), 2, 1, 4, reversible=reversible).double().to(device))
+    x = normal(3, 2, 4, 4, dtype=torch.float64, device=device).requires_grad_()
+    v = torch.randn_like(x)
+
+    def outputs(x):
+        z, logdet = flow(x)
+        back, _ = flow.inverse(tuple(2 * part for part in z))
+        return *z, logdet, back
+
+    weights = [torch.randn_like(y) for y in outputs(x)]
+    (pulled,) = torch.autograd.grad(outputs(x), x, weights)
+    with torch.set_grad_enabled(grad):
+        pushed = tangents(outputs, [x], [v])
+        _, functorch = torch.func.jvp(outputs, (x,), (v,))
+    assert all(t.requires_grad == grad for t in pushed)
+    for tangent, other, weight in zip(pushed, functorch, weights, strict=True):
+        assert_close(other, tangent, terms=1000)
+        assert tangent.shape == weight.shape
+    total = sum((t * w).sum() for t, w in zip(pushed, weights, strict=True))
+    assert_close(total, (pulled * v).sum(), terms=10_000, scale=(pulled * v).abs().sum().item())

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import DTYPES, FLOW_OPERATORS, assert_matches, normal, on_tensor_cores, sample
 
 from benchmarks.harness.inputs import rotation
@@ -18,19 +17,6 @@ CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]
 @pytest.mark.parametrize("shape", [(2, 5), (2, 7, 3, 4)], ids=str)
 def test_inverse(shape, dtypes, device):
     assert_matches(INVERSE, sample(INVERSE, shape, dtypes, device))
-
-
-def test_without_bias_and_with_a_transposed_weight(device):
-    x = normal(2, 6, 3, 4, device=device).requires_grad_()
-    weight = rotation(6).to(device).t().requires_grad_()
-    y = ops.conv1x1(x, weight)
-    exact = F.conv2d(x.double(), weight.double()[:, :, None, None])
-    assert_close(y, exact, terms=6)
-    g = torch.randn_like(y)
-    got = torch.autograd.grad(y, [x, weight], g)
-    want = torch.autograd.grad(exact, [x, weight], g.double())
-    assert_close(got[0], want[0], terms=6)
-    assert_close(got[1], want[1], terms=2 * 12)
 
 
 def test_gradients_of_a_group_of_weights(device):

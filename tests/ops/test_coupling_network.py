@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, OPCHECKS, Calls, normal, on_tensor_cores
+from cases import LAYOUTS, Calls, normal, on_tensor_cores
 from torch import Tensor
 
 from mflow_kernels.ops import coupling_network as module
@@ -13,7 +13,6 @@ from mflow_kernels.ops import coupling_network_launches as launches
 from mflow_kernels.ops import coupling_network_tiles as tiles
 from mflow_kernels.ops.coupling_network import (
     coupling_network,
-    coupling_network_op,
     coupling_network_ref,
     network_backward,
     network_forward,
@@ -132,9 +131,21 @@ def test_values_and_gradients(kernel_device: torch.device, case: Case, dtype: to
     assert_matches(sample(*case, dtype, kernel_device))
 
 
-@pytest.mark.parametrize("case", TILED, ids=str)
-def test_taps_of_neighbours_in_other_tiles(kernel_device: torch.device, case: Case) -> None:
-    assert_matches(sample(*case, torch.bfloat16, kernel_device))
+@pytest.mark.parametrize(
+    ("case", "layout", "weights"),
+    [
+        *((case, "channels_last", None) for case in TILED),
+        (((2, 3, 5, 7), 20, 8), "contiguous", None),
+        (((2, 3, 5, 7), 20, 8), "transposed", None),
+        (((2, 3, 5, 7), 20, 8), "second half, channels_last", None),
+        (((2, 3, 4, 4), 32, 8), "channels_last", torch.float32),  # as under autocast
+    ],
+    ids=str,
+)
+def test_tiles_layouts_and_wide_weights(
+    kernel_device: torch.device, case: Case, layout: str, weights: torch.dtype | None
+) -> None:
+    assert_matches(sample(*case, torch.bfloat16, kernel_device, layout, weights))
 
 
 @pytest.mark.parametrize("case", HOPPER_TILED, ids=str)
@@ -183,17 +194,6 @@ def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) ->
     assert not found[2].isfinite().any()
     others = [0, 1, 3, 4]
     assert torch.equal(found[others], expected[others])
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])
-def test_layouts(kernel_device: torch.device, layout: str) -> None:
-    assert_matches(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
-
-
-def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
-    """Weights and their gradients are in float32, as under autocast."""
-    given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
-    assert_matches(given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -303,29 +303,6 @@ def test_relu_keeps_nan(kernel_device: torch.device) -> None:
         assert coupling_network(*given)[0, :, 1, 1].isnan().any()
         given[3].zero_()[0, 0, 0, 0] = float("nan")
         assert coupling_network(*given).isnan().any()
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
-def test_gradcheck(shape: tuple[int, ...]) -> None:
-    given = sample(shape, 3, 4, torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(coupling_network_ref, given)  # checks params, h1 and h2
-    assert torch.autograd.gradcheck(coupling_network, given)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
-def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    given = sample(shape, 16, 4, dtype, device)
-    kernels = module.supports(given[0], given[1], given[5])
-    torch.library.opcheck(coupling_network_op, (*given, True, kernels), **OPCHECKS)
-    detached = [t.detach() for t in given]
-    params, h1, h2, packed = network_forward(*detached, True, kernels)
-    for weights in (True, False):
-        torch.library.opcheck(
-            torch.ops.mflow.coupling_network_backward.default,
-            (torch.ones_like(params), detached[0], h1, h2, packed, kernels, weights),
-            **OPCHECKS,
-        )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, REBUILDING, learned, normal, options, sample
+from cases import DIFFERENTIABLE, FLOW_OPERATORS, REBUILDING, learned, normal, options, sample
 from torch import Tensor
 from views import VIEWS
 
@@ -35,7 +35,8 @@ if KERNELS_ON_CPU:
 GROWTH = math.e
 
 
-every = pytest.mark.parametrize("op", [*FLOW_OPERATORS.values(), *REBUILDING], ids=lambda op: op.id)
+OPERATORS = [*FLOW_OPERATORS.values(), *REBUILDING]
+every = pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.id)
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
@@ -48,7 +49,7 @@ def results(op: Operator, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 @layouts
-@every
+@pytest.mark.parametrize("op", [*OPERATORS, DIFFERENTIABLE["masked_penalty"]], ids=lambda op: op.id)
 def test_same_bits_with_any_number_of_threads(op, layout):
     """The state is large enough for three threads; an element of a spline counts for many."""
     inputs = sample(op, (3, 6, 64, 40) if op.adjust else (3, 6, 160, 160), layout=layout)

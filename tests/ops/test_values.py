@@ -120,6 +120,16 @@ def test_network_input(op, shape, net_dtype, device):
 
 
 @every_product
+def test_without_bias(op, device):
+    inputs = sample(op, (2, 5, 3, 4), device=device)
+    inputs["bias"] = torch.zeros(5, device=device)
+    biased = op.call(*inputs.values(), **options(op))
+    del inputs["bias"]
+    for a, b in zip(op.call(*inputs.values(), **options(op)), biased, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_product
 def test_bias_in_any_layout(op, device):
     """A long run of the fuzz found this: kernels assumed that the bias is dense."""
     inputs = sample(op, (2, 5, 3, 3), device=device)

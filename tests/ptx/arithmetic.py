@@ -34,43 +34,14 @@ def _narrow(t: Translator, i: Instruction) -> None:
         t.put(i.args[0], halves[0])
 
 
-def _mixed(t: Translator, i: Instruction) -> None:
-    """Arithmetic on 16-bit operands whose last operand and result are float32."""
-    *narrow, last = i.args[1:]
-    operands = [f"widened({t.read(a, 'b16')}, {i.type!r})" for a in narrow]
-    t.put(i.args[0], f"({_computed(i.name, [*operands, t.read(last, 'f32')])}).astype(f4)")
-
-
-def _pair_of_floats(t: Translator, i: Instruction) -> None:
-    """Arithmetic on pairs of float32 in 64 bits."""
-    if "ftz" in i.parts:
-        raise Unsupported(i.op)
-    halves = [f"M.spread({t.read(a, 'b64')}).view(f4)" for a in i.args[1:]]
-    result = f"fma32({', '.join(halves)})" if i.name == "fma" else _computed(i.name, halves)
-    t.put(i.args[0], f"({result}).view(u8)")
-
-
-def _other_float(t: Translator, i: Instruction) -> bool:
-    """Translate an instruction on 16-bit floats or pairs of floats; return whether it is one."""
-    if i.type == "f32x2":
-        _pair_of_floats(t, i)
-    elif i.type in ("bf16", "f16") and i.parts[-2] == "f32":
-        _mixed(t, i)
-    elif i.type in NARROW:
-        _narrow(t, i)
-    else:
-        return False
-    return True
-
-
 def _flushed(i: Instruction, expression: str) -> str:
     return f"flushed({expression})" if "ftz" in i.parts and i.type == "f32" else expression
 
 
 @instruction("add", "sub", "mul", "and", "or", "xor")
 def _binary(t: Translator, i: Instruction) -> None:
-    if i.name in ("add", "sub", "mul") and _other_float(t, i):
-        return
+    if i.name in ("add", "sub", "mul") and i.type in NARROW:
+        return _narrow(t, i)
     if i.type in ("u16x2", "s16x2"):
         return _pair_of_integers(t, i)
     if i.name == "mul" and not is_float(i.type) and "lo" not in i.parts:
@@ -106,8 +77,8 @@ def _product(t: Translator, i: Instruction) -> str:
 
 @instruction("fma", "mad")
 def _fma(t: Translator, i: Instruction) -> None:
-    if _other_float(t, i):
-        return
+    if i.type in NARROW:
+        return _narrow(t, i)
     if is_float(i.type):
         operands = ", ".join(t.read(a, i.type) for a in i.args[1:])
         return t.put(i.args[0], _flushed(i, f"fma{SIZES[i.type] * 8}({operands})"))

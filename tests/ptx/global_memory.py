@@ -109,34 +109,15 @@ class GlobalMemory:
             words = region.data.view(UNSIGNED[size])
             new = np.stack([v[who] for v in values], 1)
             places = (off // size)[:, None] + np.arange(len(values))
-            self._twice(
-                region, at, who, off, width,
-                ((writer != -1) & (writer != me)).any(1), (words[places] != new).any(1),
-            )  # fmt: skip
+            twice = ((writer != -1) & (writer != me)).any(1) & (words[places] != new).any(1)
             region.writer[grains] = np.broadcast_to(me, grains.shape)
             words[places] = new
             # Threads that write the same grain with this instruction.
-            lost = (region.writer[grains] != me).any(1)
-            self._twice(region, at, who, off, width, lost, (words[places] != new).any(1))
+            twice |= (region.writer[grains] != me).any(1) & (words[places] != new).any(1)
+            if twice.any():
+                what = f"of {region.name}, stored by two threads with different values"
+                self.lanes.fault("global race", at, who[twice], off[twice], width, what)
             region.unwritten[grains] = False
-
-    def _twice(
-        self,
-        region: Region,
-        at: int,
-        who: Array,
-        off: Array,
-        width: int,
-        twice: Array,
-        differ: Array,
-    ) -> None:
-        self.report.benign[f"{region.name}: stored twice, the same value"] += int(
-            (twice & ~differ).sum()
-        )
-        bad = twice & differ
-        if bad.any():
-            what = f"of {region.name}, stored by two threads with different values"
-            self.lanes.fault("global race", at, who[bad], off[bad], width, what)
 
     def _sound(
         self, address: Array, width: int, lanes: Array, kind: str, at: int

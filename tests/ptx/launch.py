@@ -31,7 +31,7 @@ from ptx.parser import parse
 from ptx.report import Report
 from ptx.translator import Translator
 
-SHARED_OF_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes
+SHARED_OF_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # bytes
 BLANK = 0xFF
 SHOWN = 4  # faults in a message
 

@@ -17,6 +17,8 @@ JUMPS = ("bra", "ret", "exit")
 BARRIERS = ("bar.sync", "barrier.sync", "bar.cta.sync")
 _SHARED = re.compile(r"^\s*(\.extern\s+)?\.shared\s.*?([\w$]+)\[", re.MULTILINE)
 _KERNEL = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.DOTALL)
+# A brace of a scope, a label, or a statement, whose operands may have braces.
+_STATEMENT = re.compile(r"\s*(?:([{}])|([$\w%.]+:)(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$.]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 
 
@@ -150,38 +152,13 @@ def _blocks(kernel: Kernel) -> list[tuple[int, int]]:
 
 def _statements(body: str) -> Iterator[str]:
     """The statements of a kernel's body. Braces of scopes and labels count as statements."""
-    at, current = 0, ""
-    while at < len(body):
-        ch = body[at]
-        if ch == ";":
-            yield current.strip()
-            current = ""
-        elif ch in "{}" and not current.strip():
-            yield ch
-            current = ""
-        elif ch == ":" and re.fullmatch(r"\s*[$\w%.]+", current) and body[at + 1] != ":":
-            yield current.strip() + ":"
-            current = ""
-        elif ch == "{":  # an operand
-            end = body.index("}", at)
-            current += body[at : end + 1]
-            at = end
-        else:
-            current += ch
-        at += 1
+    for brace, label, statement in _STATEMENT.findall(body):
+        yield brace or label or statement.strip()
 
 
 def _split(text: str) -> list[str]:
-    """`text`, split at the commas outside of brackets."""
-    parts, depth, current = [], 0, ""
-    for ch in text:
-        depth += (ch in "{[(") - (ch in "}])")
-        if ch == "," and depth == 0:
-            parts.append(current.strip())
-            current = ""
-        else:
-            current += ch
-    return [*parts, current.strip()] if current.strip() else parts
+    """`text`, split at the commas outside of braces."""
+    return [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
 
 
 class _Body:

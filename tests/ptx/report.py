@@ -42,7 +42,6 @@ class Report:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self._faults: dict[tuple[str, int | None], Fault] = {}
-        self.benign: Counter[str] = Counter()  # e.g. two threads that store the same value
         self.traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self.touched: dict[tuple[str, str], Touched] = {}  # by region and "load" or "store"
         self.warps: Counter[int] = Counter()  # warps that issued an instruction, by its index

@@ -16,7 +16,6 @@ from ptx.parser import Unsupported
 from ptx.translator import SHARED_BASE
 
 NEVER = -1
-SAME_VALUE = "shared memory: stored twice, the same value"
 
 
 @dataclass
@@ -160,7 +159,6 @@ class SharedMemory:
         lost = self.writer[self.grains(some, width)] != self.lanes.tid[who].astype(i4)[:, None]
         words[places] = new
         differ = np.repeat(~same_values(words[places[checked]], new[checked]), each, axis=1)
-        self.report.benign[SAME_VALUE] += int((lost & ~differ).sum())
         bad = (lost & differ).any(1)
         if bad.any():
             self.fault("race", at, who[bad], some[bad], width, ", which two threads write at once")
@@ -219,7 +217,6 @@ class SharedMemory:
             what = ", which threads {} to {} read since the last barrier".format(*readers)
             self.fault("race", at, lanes[who], off[who], width, what)
         twice = self._since_barrier(grains, tid, lanes)
-        self.report.benign[SAME_VALUE] += int((twice & same_value).sum())
         self._race_with_writer(twice & ~same_value, grains, off, width, lanes, at)
         for busy, what in (
             (self.arriving, ", where an asynchronous copy may still arrive"),

@@ -68,15 +68,6 @@ def _dot_kernel(a, b, c, s, TILES, M: tl.constexpr, N: tl.constexpr, K: tl.const
         tl.store(s + i, tl.sum(total, axis=1))
 
 
-@pytest.mark.parametrize("n", [1, 1000, 1024])
-@archs
-def test_vector_add(device: Device, n: int) -> None:
-    x, y, z = torch.randn(n), torch.randn(n), torch.zeros(n)
-    _add_kernel[(triton.cdiv(n, 256),)](x, y, z, n, BLOCK=256)
-    assert torch.equal(z, x + y)
-    assert not last(device).faults
-
-
 def test_tuples_floats_and_constants_are_bound_as_triton_binds_them(device: Device) -> None:
     x, y = torch.randn(16, 32).t(), torch.empty(16, 16)
     for strides in ((1, 32), (2, 32)):  # Triton makes a constant of 1

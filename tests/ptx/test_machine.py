@@ -41,40 +41,10 @@ def test_accesses_past_the_end() -> None:
     assert "block 4 thread 44: 4 bytes at 0x4b0 past the 1200 bytes of a0" in str(report.faults[0])
 
 
-def test_a_null_pointer_is_in_no_tensor() -> None:
-    _, report = run("mov.u64 %d2, 0; ld.global.f32 %f0, [%d2];", words())
-    assert "in no tensor" in str(report.faults[0])
-
-
 def test_a_stride_of_two_touches_twice_the_sectors() -> None:
     _, report = run("shl.b64 %d0, %d0, 1;" + LOAD, words(128, "f4"))
     loads = report.traffic["a0", "load"]
     assert loads.sectors == 2 * loads.fewest
-
-
-def test_a_misaligned_vector() -> None:
-    load = "add.u64 %d2, %a0, 8; ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%d2];"
-    _, report = run(load, words(64, "f4"))
-    assert report.kinds == {"misaligned"}
-
-
-def test_uninitialized_memory() -> None:
-    assert run(LOAD, words(64, "f4"), blank=[0])[1].kinds == {"uninitialized"}
-    assert not run(LOAD, words(64, "f4"))[1].faults
-
-
-def test_two_threads_that_store_at_one_address() -> None:
-    assert run("st.global.u32 [%a0], %r0;", words(4))[1].kinds == {"global race"}
-    _, report = run("st.global.u32 [%a0], 7;", words(4))
-    assert not report.faults
-    assert sum(report.benign.values()) > 0
-
-
-@pytest.mark.parametrize(("first", "races"), [(0x7FC00000, False), (0x3F800000, True)])
-def test_nans_with_other_bits_are_one_value(first: int, races: bool) -> None:
-    """All threads store a float32 at one shared address: NaNs, or different numbers."""
-    body = f"or.b32 %r7, %r0, {first}; st.shared.u32 [%r5], %r7;"
-    assert run(body, shared=256)[1].kinds == ({"race"} if races else set())
 
 
 # Each thread writes its word, then reads that of the thread whose number differs in bits `span`.
@@ -82,6 +52,43 @@ READ_OTHER = """
 xor.b32 %r7, %r0, {span}; shl.b32 %r7, %r7, 2; add.s32 %r7, %r5, %r7; ld.shared.u32 %r8, [%r7];
 add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
 """
+
+
+EXCHANGED = "st.shared.u32 [%r6], %r0; bar.sync 0;" + READ_OTHER.format(span=63)
+STORED = "or.b32 %r7, %r0, {}; st.shared.u32 [%r5], %r7;"  # by all threads, at one address
+# A kernel, the arguments of `run`, and the kinds of faults.
+KERNELS = {
+    "a null pointer": ("mov.u64 %d2, 0; ld.global.f32 %f0, [%d2];", {}, "out of bounds"),
+    "a misaligned vector": (
+        "add.u64 %d2, %a0, 8; ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%d2];", {}, "misaligned"
+    ),
+    "a load": (LOAD, {}, ""),
+    "a load of uninitialized memory": (LOAD, {"blank": [0]}, "uninitialized"),
+    "stores at one address": ("st.global.u32 [%a0], %r0;", {}, "global race"),
+    "stores of one value at one address": ("st.global.u32 [%a0], 7;", {}, ""),
+    "NaNs with other bits": (STORED.format(0x7FC00000), {"shared": 256}, ""),
+    "different numbers": (STORED.format(0x3F800000), {"shared": 256}, "race"),
+    "a store after a barrier": (EXCHANGED, {"shared": 256}, ""),
+    "a store after another thread's load": (
+        EXCHANGED + "st.shared.u32 [%r6], %r8;", {"shared": 256}, "race"
+    ),
+    "uninitialized shared memory": ("ld.shared.u32 %r8, [%r6];", {"shared": 256}, "uninitialized"),
+    "past shared memory": ("st.shared.u32 [%r6], %r0;", {"shared": 128}, "shared out of bounds"),
+    "threads at different barriers": (
+        "setp.lt.u32 %p0, %r0, 32; @%p0 bra $OTHER;"
+        "bar.sync 0; bra $END; $OTHER: bar.sync 0; $END:", {}, "barrier",
+    ),
+    "part of a warp at a shuffle": (
+        "setp.lt.u32 %p0, %r0, 7; @%p0 bra $END; shfl.sync.bfly.b32 %r8, %r0, 1, 31, -1; $END:",
+        {}, "divergence",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_faults(case: str) -> None:
+    body, options, kind = KERNELS[case]
+    assert run(body, words(), **options)[1].kinds == ({kind} if kind else set())
 
 
 @pytest.mark.parametrize(
@@ -101,36 +108,6 @@ def test_exchange_through_shared_memory(sync: str, span: int, races: bool) -> No
     assert report.kinds == ({"race"} if races else set())
     if not races:
         assert np.array_equal(out, np.arange(64) ^ span)
-
-
-def test_a_store_after_another_threads_load() -> None:
-    body = "st.shared.u32 [%r6], %r0; bar.sync 0;" + READ_OTHER.format(span=63)
-    assert not run(body, words(), shared=256)[1].faults
-    assert run(body + "st.shared.u32 [%r6], %r8;", words(), shared=256)[1].kinds == {"race"}
-
-
-def test_threads_at_different_barriers() -> None:
-    body = """
-    setp.lt.u32 %p0, %r0, 32; @%p0 bra $OTHER;
-    bar.sync 0; bra $END;
-    $OTHER: bar.sync 0;
-    $END:
-    """
-    assert run(body)[1].kinds == {"barrier"}
-
-
-def test_part_of_a_warp_at_a_shuffle() -> None:
-    body = """
-    setp.lt.u32 %p0, %r0, 7; @%p0 bra $END;
-    shfl.sync.bfly.b32 %r8, %r0, 1, 31, -1;
-    $END:
-    """
-    assert run(body)[1].kinds == {"divergence"}
-
-
-def test_shared_memory_that_is_uninitialized_or_out_of_bounds() -> None:
-    assert run("ld.shared.u32 %r8, [%r6];", shared=256)[1].kinds == {"uninitialized"}
-    assert run("st.shared.u32 [%r6], %r0;", shared=128)[1].kinds == {"shared out of bounds"}
 
 
 @pytest.mark.parametrize(("shift", "conflicts"), [(2, 1), (3, 2), (7, 32)])

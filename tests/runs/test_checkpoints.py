@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import checkpoint, listing, metrics
-from training.spies import spy
-from training.stopped_runs import assert_same_run, exit_code, start
+from tiny_runs import assert_same_run, checkpoint, exit_code, listing, metrics, spy, start
 
 from mflow_kernels.data import files
 from mflow_kernels.runs.checkpoints import LAST, PREVIOUS

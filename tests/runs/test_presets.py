@@ -64,10 +64,6 @@ class TestPresets:
         line = refused([*command, "--resume"], tmp_path, capsys)
         assert "--preset: expected none with --resume" in line
 
-    def test_an_unknown_preset_is_refused(self, tmp_path, capsys):
-        line = refused(["train", "--preset", "own.yaml"], tmp_path, capsys)
-        assert "--preset: expected digits, digits_nested, celeba64" in line
-
 
 @pytest.fixture
 def exported(trained, tmp_path, capsys):

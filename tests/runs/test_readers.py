@@ -65,6 +65,9 @@ def test_files_of_a_run(kind, run, capsys):
         # A crash may cut off the metrics, so their whole rows are still read.
         if not (name == "metrics.csv" and kind in ("empty", "half", "zeros")):
             assert name in refused(resume, run, capsys)
+        if name in ("config.yaml", "last.ckpt"):
+            for command in ("sample", "reconstruct", "evaluate"):
+                assert name in refused([command, str(run)], run, capsys)
         path.write_bytes(before)
 
 
@@ -75,6 +78,8 @@ def test_folders_and_pipes_in_place_of_files(run, tmp_path, capsys):
         (run / name).mkdir()
         refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
         (run / name).rmdir()
+        if name == "last.ckpt":
+            assert "last.ckpt, found none" in refused(["sample", str(run)], run, capsys)
         path.rename(run / name)
     os.mkfifo(tmp_path / "pipe.yaml")
     for preset in ("pipe.yaml", "own\0.yaml"):
@@ -116,7 +121,13 @@ def progress(state, **values):
     return state | {"progress": state["progress"] | values}
 
 
+class Trap:
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
 CRAFTED = {
+    "code": lambda s: s | {"trap": Trap()},
     "a list": lambda s: [s],
     "a list for the weights": lambda s: s | {"state_dict": [1, 2]},
     "numbers for weights": lambda s: s | {"state_dict": dict.fromkeys(s["state_dict"], 1)},
@@ -156,7 +167,8 @@ def expected(trained):
 
 
 @pytest.mark.parametrize("kind", CRAFTED)
-def test_crafted_checkpoints(kind, whole, expected, run, capsys):
+def test_crafted_checkpoints(kind, whole, expected, run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
     torch.save(CRAFTED[kind](whole), run / "last.ckpt")
     with pytest.raises(ValueError, match=r"^checkpoint: expected .*last\.ckpt") as caught:
         read_checkpoint(run / "last.ckpt", expected)
@@ -164,6 +176,7 @@ def test_crafted_checkpoints(kind, whole, expected, run, capsys):
     found = newest_checkpoint(run, expected)
     assert (found.path.name, found.step) == ("previous.ckpt", 4)
     assert "using previous.ckpt of step 4" in capsys.readouterr().err
+    assert not (run / "trapped").exists()
 
 
 def test_weights_that_are_not_finite_reach_no_picture(whole, run, capsys):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, listing, refused, write_images
-from training.stopped_runs import exit_code, start
+from tiny_runs import TINY, exit_code, listing, refused, start, write_images
 
 from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest

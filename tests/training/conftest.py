@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_fixtures import blank_pictures, cache, command, images, run, trained  # noqa: F401 - fixtures
+from tiny_runs import blank_pictures, cache, command, images, run, trained  # noqa: F401 - fixtures
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mflow_kernels.layers import ReversibleChain

@@ -1,5 +1,7 @@
 """Bad input to every command: one line on stderr, exit code 2, nothing written."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_runs import TINY, refused, write_images
@@ -8,11 +10,12 @@ from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.training.cli import main
 
-READERS = ("sample", "reconstruct", "evaluate")
 NAMES = ", ".join(map(repr, NAMED_DATASETS))
+NO_DATA = f"--data: expected {NAMES}, a folder or zip of images, or a file of mflow prepare, got "
 
 
-# Options of `mflow train`, which follow those of a tiny run.
+# Options of `mflow train`, which follow those of a tiny run. RUN is one, and `data` has folders and
+# files that cannot be used.
 TRAIN = [
     ("--lr 0.1", "arguments: --lr 0.1 (did you mean --learning-rate?)"),
     ("--wdith 4 --batchsize=3", "(did you mean --width, --batch-size?)"),
@@ -40,9 +43,16 @@ TRAIN = [
     ("--weight big", "--weight: expected a number or variance, got big"),
     ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
     ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
-    ("--data /nowhere", f"--data: expected {NAMES}, a folder or zip of images, or a file of mflow "
-                        "prepare, got '/nowhere'"),
+    ("--data /nowhere", NO_DATA + "'/nowhere'"),
+    ("--data empty", "--data: expected images in empty, found none"),
+    ("--data text", "--data: expected images in text, but no file there can be read as an"),
+    ("--data= --run-dir ../run", NO_DATA + "''"),
+    ("--device cuda", "--device: expected a CUDA GPU for 'cuda', found none"),
+    ("--preset own.yaml", "--preset: expected digits, digits_nested, celeba64"),
+    ("--run-dir images/runs/a", "--run-dir: expected a folder outside of the images' folder"),
+    ("--run-dir RUN", "(--resume continues it, --overwrite replaces it)"),
     ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
+    ("--run-dir work --overwrite", "--run-dir: --overwrite expected a folder of mflow train"),
     ("--resume --overwrite", "--resume: expected either --resume or --overwrite, got both"),
     ("--width 100000000", "--width, --steps, --stages: expected a model that fits in"),
     ("--stage-width 1099511627776", "expected a model that fits in memory"),
@@ -52,21 +62,16 @@ TRAIN = [
     ("--reversible maybe", "maybe"),
 ]  # fmt: skip
 
-
-@pytest.mark.parametrize(("arguments", "message"), TRAIN, ids=[words for _, words in TRAIN])
-def test_train(arguments, message, command, tmp_path, capsys):
-    assert message in refused([*command, *arguments.split()], tmp_path, capsys)
-
-
-# Whole commands. RUN is a tiny run, and `data` has folders and files that cannot be used.
 COMMANDS = [
     ("", "expected a command (mflow --help lists them)"),
     ("draw", "expected a command (mflow --help lists them), got 'draw'"),
     ("presets none", ": preset: expected digits, "),
-    ("train --data empty", "--data: expected images in empty, found none"),
-    ("train --data text", "--data: expected images in text, but no file there can be read as an"),
+    ("plan --data=", NO_DATA + "''"),
+    ("evaluate RUN --device cuda", "--device: expected a CUDA GPU for 'cuda', found none"),
     ("sample", "run: expected a value, got none"),
-    *((f"{name} .", "run: expected a folder of mflow train") for name in READERS),
+    ("sample .", "run: expected a folder of mflow train"),
+    ("reconstruct .", "run: expected a folder of mflow train"),
+    ("evaluate .", "run: expected a folder of mflow train"),
     ("sample RUN --number 0", "--number: expected at least 1, got 0"),
     ("sample RUN --temperature -1", "--temperature: expected at least 0, got -1"),
     ("sample RUN --stages 3", "--stages: expected 1 to 2, got 3"),
@@ -83,7 +88,10 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def data(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
+    shutil.copytree(images, folder / "images")
     (folder / "empty").mkdir()
+    (folder / "work").mkdir()
+    (folder / "work" / "thesis.tex").write_text("years of work")
     (folder / "text").mkdir()
     (folder / "text" / "a.png").write_text("no image")
     write_images(folder / "coloured", channels=3)
@@ -92,79 +100,30 @@ def data(images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("arguments", "message"), COMMANDS)
-def test_commands(arguments, message, data, trained, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [*((f"train {words}", message) for words, message in TRAIN), *COMMANDS],
+)
+def test_bad_input(arguments, message, data, trained, monkeypatch, capsys):
+    if "--device cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     monkeypatch.chdir(data)
     words = [str(trained) if word == "RUN" else word for word in arguments.split()]
-    words += TINY if words[:1] == ["train"] else []
+    if words[:1] == ["train"]:
+        words[1:1] = [*TINY, "--data", "images", "--run-dir", "run"]
     assert message in refused(words, data, capsys)
 
 
-class TestBadInput:
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-    def test_cuda_without_a_gpu(self, command, trained, tmp_path, capsys):
-        message = "--device: expected a CUDA GPU for 'cuda', found none"
-        for arguments in (command, ["evaluate", str(trained)]):
-            assert message in refused([*arguments, "--device", "cuda"], tmp_path, capsys)
+@pytest.mark.parametrize("command", ["sample RUN", "evaluate RUN", "train --resume --run-dir RUN"])
+def test_a_checkpoint_of_another_architecture(command, run, tmp_path, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("\nwidth: 8", "\nwidth: 16"))
+    message = "checkpoint: expected the architecture of config.yaml, got another"
+    assert message in refused(command.replace("RUN", str(run)).split(), tmp_path, capsys)
 
-    def test_a_run_among_its_images(self, command, images, tmp_path, capsys):
-        message = "--run-dir: expected a folder outside of the images' folder"
-        inside = str(images / "runs" / "a")
-        assert message in refused([*command, "--run-dir", inside], images.parent, capsys)
 
-    def test_an_empty_name(self, command, images, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(images)  # which Path("") stands for
-        for arguments in (command, ["plan"]):
-            assert f"--data: expected {NAMES}, a folder or zip of images" in refused(
-                [*arguments, "--data", ""], tmp_path, capsys
-            )
-
-    def test_an_existing_run_folder(self, run, command, capsys):
-        assert "(--resume continues it, --overwrite replaces it)" in refused(command, run, capsys)
-
-    def test_overwrite_spares_folders_that_are_no_runs(self, command, tmp_path, capsys):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "thesis.tex").write_text("years of work")
-        message = "--run-dir: --overwrite expected a folder of mflow train with config.yaml"
-        assert message in refused([*command, "--overwrite"], tmp_path, capsys)
-
-    @pytest.mark.parametrize("command", READERS)
-    def test_broken_runs(self, command, run, tmp_path, capsys):
-        checkpoint = run / "last.ckpt"
-        (run / "previous.ckpt").unlink()
-        whole = checkpoint.read_bytes()
-        checkpoint.write_bytes(whole[: len(whole) // 2])
-        message = "checkpoint: expected a complete checkpoint of mflow train"
-        assert message in refused([command, str(run)], tmp_path, capsys)
-        torch.save({"weights": torch.zeros(2)}, checkpoint)
-        assert "got another kind of file" in refused([command, str(run)], tmp_path, capsys)
-        checkpoint.unlink()
-        assert "last.ckpt, found none" in refused([command, str(run)], tmp_path, capsys)
-        (run / "config.yaml").write_text("levels: two")
-        message = "config.yaml: levels: expected a whole number, got two"
-        assert message in refused([command, str(run)], tmp_path, capsys)
-
-    @pytest.mark.parametrize(
-        "command", ["sample RUN", "evaluate RUN", "train --resume --run-dir RUN"]
-    )
-    def test_a_checkpoint_of_another_architecture(self, command, run, tmp_path, capsys):
-        config = run / "config.yaml"
-        config.write_text(config.read_text().replace("\nwidth: 8", "\nwidth: 16"))
-        message = "checkpoint: expected the architecture of config.yaml, got another"
-        assert message in refused(command.replace("RUN", str(run)).split(), tmp_path, capsys)
-
-    def test_a_checkpoint_that_carries_code(self, run, tmp_path, capsys):
-        class Trap:
-            def __reduce__(self):
-                return open, (str(tmp_path / "trapped"), "w")
-
-        (run / "previous.ckpt").unlink()
-        torch.save({"state_dict": {}, "trap": Trap()}, run / "last.ckpt")
-        message = "checkpoint: expected a complete checkpoint of mflow train"
-        assert message in refused(["evaluate", str(run)], tmp_path, capsys)
-
-    def test_missing_pixels_without_a_manifold(self, command, tmp_path, capsys):
-        assert main([*command, "--manifold-dim", "64", "--stages", "[]"]) == 0
-        message = "--missing: expected a model whose manifold has fewer dimensions than its images"
-        reconstruct = ["reconstruct", str(tmp_path / "run"), "--missing", "half"]
-        assert message in refused(reconstruct, tmp_path, capsys)
+def test_missing_pixels_without_a_manifold(command, tmp_path, capsys):
+    assert main([*command, "--manifold-dim", "64", "--stages", "[]"]) == 0
+    message = "--missing: expected a model whose manifold has fewer dimensions than its images"
+    reconstruct = ["reconstruct", str(tmp_path / "run"), "--missing", "half"]
+    assert message in refused(reconstruct, tmp_path, capsys)

@@ -58,7 +58,8 @@ assert compiled >= sum(before.values()), (compiled, before)
 
 
 def test_no_kernel_of_a_training_step_is_left_to_its_first_launch(tmp_path):
-    """A step on real tensors finds all of its kernels in the memory of the process."""
+    """A step on real tensors finds all of its kernels in the memory of the process. It takes over
+    10 s, because Triton compiles each kernel of a step into an empty cache."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = run_python(str(script), str(tmp_path / "cache"))
@@ -66,6 +67,7 @@ def test_no_kernel_of_a_training_step_is_left_to_its_first_launch(tmp_path):
 
 
 def test_a_kernel_that_cannot_be_compiled_does_not_end_training(tmp_path):
+    """It takes about 10 s, because every stage of the compiler before the failing one runs."""
     script = tmp_path / "script.py"
     text = (
         SCRIPT.partition("threads = 2")[0]

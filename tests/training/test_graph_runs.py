@@ -5,15 +5,13 @@ Without a GPU, the fixture `fake_capture` replaces the capture itself.
 
 import pytest
 import torch
-from tiny_runs import metrics, torchrun, weights
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import Calls
+from tiny_runs import assert_same_run, metrics, spy, torchrun, weights
 
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
-from training.spies import spy
-from training.stopped_runs import assert_same_run
 
 
 @pytest.mark.parametrize(
@@ -51,26 +49,15 @@ def test_a_batch_in_parts_is_computed_without(command, fake_capture):
     assert fake_capture.captures == 0
 
 
-class Launches(TorchDispatchMode):
-    """Counts operators that launch work. An operator on a list of tensors counts once."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is not torch.ops.aten.detach.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_depth_and_width_do_not_change_what_a_step_launches(command, fake_capture, monkeypatch):
     counts = []
     step = FlowTraining.optimizer_step
 
     def counted(self, *args, **kwargs):
-        with Launches() as launches:
+        with Calls() as calls:
             step(self, *args, **kwargs)
-        counts.append(launches.count)
+        # An operator on a list of tensors counts once.
+        counts.append(sum(f is not torch.ops.aten.detach.default for f, _ in calls.found))
 
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     sizes = [["--steps", str(steps), "--width", str(width)] for steps, width in ((1, 8), (4, 12))]

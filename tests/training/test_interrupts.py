@@ -9,14 +9,12 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import checkpoint
+from tiny_runs import assert_same_run, before_step, checkpoint, exit_code, spy
 
 from mflow_kernels.evaluation import likelihood
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
-from training.spies import spy
-from training.stopped_runs import assert_same_run, before_step, exit_code
 
 
 def in_a_terminal(command, owner, name, number):

@@ -1,4 +1,4 @@
-"""The predicted peak memory of training compared with the measured one, and `mflow plan`.
+"""The predicted peak memory of training and evaluation, compared with the measured one.
 
 The measurement uses torch's profiler, which records every allocation of torch's CPU allocator from
 building the model to the last step, including temporary tensors and Lightning's. It does not see
@@ -8,16 +8,13 @@ what oneDNN allocates for itself.
 import dataclasses
 import gc
 import warnings
-import zipfile
 from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, refused
 from torch.profiler import ProfilerActivity, profile
 
-from mflow_kernels import Glow, HierarchicalFlow, Jet, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
@@ -30,9 +27,6 @@ from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
 from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training import checks, train
-from mflow_kernels.training import memory as memory_module
-from mflow_kernels.training.account import Account, counting
-from mflow_kernels.training.cli import main
 from mflow_kernels.training.memory import (
     AVERAGE,
     OPTIMIZER,
@@ -69,6 +63,12 @@ CASES = {
     "muon": {"steps": 2, "width": 128, "optimizer": "muon"},
     "jet, stored": {"flow": "jet", "couplings": 6, "width": 32, "reversible": False},
     "splines": {"steps": 4, "width": 64, "coupling": "spline"},
+    "splines, stored": {"width": 32, "coupling": "spline", "bins": 4, "reversible": False},
+    "splines of vectors": {
+        "steps": 1,
+        "width": 8,
+        "stages": [StageOptions(16, width=64, coupling="spline")],
+    },
     "released": {
         "steps": 2,
         "width": 32,
@@ -194,51 +194,6 @@ def run(model, x, dtype=torch.float32):
     loss.backward()
 
 
-def stored_spline(shape):
-    return Glow(shape, 2, 2, 32, coupling="spline", bins=4, reversible=False)
-
-
-def spline_of_vectors(shape):
-    return VectorFlow(*shape, 4, 64, coupling="spline", bins=8)
-
-
-def jet(shape):
-    return Jet(shape, 2, 6, width=64)
-
-
-def stored_jet(shape):
-    return Jet(shape, 2, 6, width=64, reversible=False)
-
-
-@pytest.mark.parametrize(
-    ("build", "shape", "domain"),
-    [
-        (stored_spline, (3, 16, 16), "latent"),
-        (spline_of_vectors, (64,), "data"),
-        (jet, (3, 16, 16), "data"),
-        (stored_jet, (3, 16, 16), "latent"),
-    ],
-)
-def test_the_predicted_peak_of_other_flows_is_the_measured_one(build, shape, domain):
-    """The account has no lines about these flows, and `mflow train` has no option for most."""
-
-    def model():
-        objective = ManifoldObjective(domain, "l2", 10.0)
-        return HierarchicalFlow([ManifoldFlow(build(shape), 32, objective=objective)])
-
-    real, x = model(), torch.rand(16, *shape) - 0.5
-    real.initialize(x, stage=0)
-    run(real, x)
-    real.zero_grad()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(real, x)
-    account, empty = Account(gpu=False), model().to("meta")
-    with counting(account):
-        run(empty, torch.empty_like(x, device="meta"))
-    assert account.at_peak.total() == pytest.approx(peak(profiler), rel=0.1)
-
-
 @pytest.mark.parametrize("classes", [None, "Smiling,Male"])
 def test_parameters_and_buffers_are_those_of_the_model(classes):
     stages = [StageOptions(7), StageOptions(5, coupling="spline", bins=3)]
@@ -298,76 +253,3 @@ def test_parts_of_a_batch_take_the_memory_of_one_part():
 )
 def test_sizes(text, size):
     assert parse_memory(text) == size
-
-
-class TestCommand:
-    def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(memory_module, "build", meta_only(memory_module.build))
-        monkeypatch.setattr(memory_module, "build_model", meta_only(build_model))
-        options = "--image-size 256 --levels 6 --steps 4 --width 512 --batch-size 16"
-        assert main(["plan", *options.split(), "--gpu-memory", "80GB"]) == 0
-        out, err = capsys.readouterr()
-        assert err == ""
-        assert "16 images of 3x256x256" in out
-        assert "\nFits in 80.0 GB. Largest batch in 80.0 GB: " in out
-        assert "not verified on a GPU" in out
-        assert not list(tmp_path.iterdir())
-
-    def test_a_batch_that_does_not_fit_is_reported(self, capsys):
-        assert main(["plan", "--batch-size", "999999", "--gpu-memory", "8GB"]) == 0
-        assert "\nDoes not fit in 8.0 GB. Largest batch" in capsys.readouterr().out
-        assert main(["plan", "--gpu-memory", "1MB"]) == 0
-        assert "Largest batch in 1.0 MB: none fits" in capsys.readouterr().out
-
-    def test_the_rows_add_up(self, capsys):
-        assert main(["plan", "--data", "digits", "--device", "cpu"]) == 0
-        out = capsys.readouterr().out
-        assert "1x28x28" in out
-        assert "GPU" not in out
-        units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-        rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
-        sizes = [float(row[-2]) * units[row[-1]] for row in rows]
-        assert sum(sizes[:-1]) == pytest.approx(sizes[-1], rel=0.01)
-
-    def test_it_takes_the_options_of_train(self, capsys, tmp_path):
-        unread = tmp_path / "not read.zip"
-        with zipfile.ZipFile(unread, "w") as archive:
-            archive.writestr("image.png", "no image")
-        assert main(["plan", *TINY, "--data", str(unread), "--checkpoint-every", "null"]) == 0
-        out = capsys.readouterr().out
-        assert main(["plan", *TINY, "--no-reversible"]) == 0
-        assert main(["plan", *TINY, "--checkpoint-every", "2"]) == 0
-        stored, kept = capsys.readouterr().out.split("Batches")[1:]
-        assert "States stored" in stored
-        assert "States rebuilt, one in 2 kept" in kept
-        assert "States rebuilt; networks" in out
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
-            ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
-            ("--channels 0", "--channels: expected at least 1, got 0"),
-            ("--images 0", "--images: expected at least 1, got 0"),
-            ("--classes a,b,c,d,e,f,g", "--classes: expected up to 6 different attributes, got"),
-            ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
-            ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
-            ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
-            ("--stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
-            ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
-            ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
-            ("--run-dir x", "unrecognized arguments: --run-dir x"),
-        ],
-    )
-    def test_bad_input(self, arguments, message, tmp_path, capsys):
-        assert message in refused(["plan", *arguments.split()], tmp_path, capsys)
-
-
-def meta_only(original):
-    def build(*args, **kwargs):
-        model = original(*args, **kwargs)
-        assert all(p.is_meta for p in model.parameters())
-        return model
-
-    return build

@@ -1,6 +1,8 @@
-"""The parts of `mflow plan` other than memory: steps, disk, arithmetic of a step, and advice."""
+"""`mflow plan`: steps, disk, arithmetic of a step, and advice. test_memory.py tests its memory."""
 
 import dataclasses
+import re
+import zipfile
 from collections import Counter
 
 import pytest
@@ -14,6 +16,7 @@ from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model, read_config
 from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.presets import preset_options
+from mflow_kernels.training import memory
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.memory import (
@@ -57,11 +60,6 @@ class TestTrainingStep:
     def flops(self, stage, **changed) -> int:
         config = dataclasses.replace(self.CONFIG, **changed)
         return sum(k.flops for k in step_of(config, stage).kernels)
-
-    def test_a_penalty_in_the_data_domain_takes_a_second_pass(self):
-        assert self.flops(0, domain="data") == pytest.approx(2 * self.flops(0), rel=0.01)
-        whole = {"manifold_dim": 3 * 32 * 32}  # without v, nothing is decoded
-        assert self.flops(0, domain="data", **whole) == self.flops(0, **whole)
 
     def test_a_later_stage_computes_its_data_by_the_earlier_ones(self):
         kept, released = self.flops(1), self.flops(1, release=True)
@@ -114,12 +112,58 @@ def test_a_checkpoint_has_the_predicted_size(optimizer, tmp_path):
     assert checkpoint_bytes(walk(config)) == pytest.approx(size, rel=0.05)
 
 
+def meta_only(original):
+    def build(*args, **kwargs):
+        model = original(*args, **kwargs)
+        assert all(p.is_meta for p in model.parameters())
+        return model
+
+    return build
+
+
 class TestCommand:
     def plan(self, capsys, *options) -> str:
         assert main(["plan", *options]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return out
+
+    def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(memory, "build", meta_only(memory.build))
+        monkeypatch.setattr(memory, "build_model", meta_only(build_model))
+        options = "--image-size 256 --levels 6 --steps 4 --width 512 --batch-size 16"
+        out = self.plan(capsys, *options.split(), "--gpu-memory", "80GB")
+        assert "16 images of 3x256x256" in out
+        assert "\nFits in 80.0 GB. Largest batch in 80.0 GB: " in out
+        assert "not verified on a GPU" in out
+        assert not list(tmp_path.iterdir())
+
+    def test_a_batch_that_does_not_fit_is_reported(self, capsys):
+        out = self.plan(capsys, "--batch-size", "999999", "--gpu-memory", "8GB")
+        assert "\nDoes not fit in 8.0 GB. Largest batch" in out
+        assert "Largest batch in 1.0 MB: none fits" in self.plan(capsys, "--gpu-memory", "1MB")
+
+    def test_on_a_cpu_the_rows_add_up_and_there_are_no_hours(self, capsys):
+        out = self.plan(capsys, "--data", "digits", "--device", "cpu")
+        assert "1x28x28" in out
+        assert not re.search("GPU|H100", out)
+        units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+        rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
+        sizes = [float(row[-2]) * units[row[-1]] for row in rows]
+        assert sum(sizes[:-1]) == pytest.approx(sizes[-1], rel=0.01)
+
+    def test_it_takes_the_options_of_train(self, capsys, tmp_path):
+        unread = tmp_path / "not read.zip"
+        with zipfile.ZipFile(unread, "w") as archive:
+            archive.writestr("image.png", "no image")
+        rebuilt = ["--data", str(unread), "--checkpoint-every", "null"]
+        for options, words in (
+            (rebuilt, "States rebuilt; networks"),
+            (["--no-reversible"], "States stored"),
+            (["--checkpoint-every", "2"], "States rebuilt, one in 2 kept"),
+        ):
+            assert words in self.plan(capsys, *TINY, *options)
 
     def test_preset(self, capsys):
         preset = ["--preset", "celeba64", "--steps", "1"]
@@ -132,11 +176,11 @@ class TestCommand:
         hours = steps * seconds / ROOFLINE_SHARE / 3600
         row = next(line for line in out.splitlines() if line.startswith("stage 1 "))
         assert row.split()[2:5] == [f"{step.parameters:,}", f"{steps:,}", f"{hours:.2f}"]
-        assert "2.0 GB of prepared training images" in out
-        assert "estimates; no GPU has been measured" in out
-        assert "lower bound" in out
+        for words in ("2.0 GB of prepared training images", "estimates", "lower bound"):
+            assert words in out
         assert "Nobody has trained with batches of that size" in out
-        unknown = self.plan(capsys, *preset)
+        unknown = self.plan(capsys, *preset)  # names data that this machine may not have
+        assert "of 3x64x64" in unknown
         assert "give the number of training images, such as --images 162770" in unknown
         assert "prepared training images" not in unknown
 
@@ -155,23 +199,26 @@ class TestCommand:
         rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
         assert [row[3] for row in rows[1:]] == ["15", "15"]  # 18 of 20 are trained on
 
-    def test_no_hours_on_a_cpu(self, capsys):
-        assert "H100" not in self.plan(capsys, "--data", "digits", "--device", "cpu")
-
-    def test_data_that_does_not_exist(self, capsys, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
+            ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
+            ("--channels 0", "--channels: expected at least 1, got 0"),
+            ("--images 0", "--images: expected at least 1, got 0"),
+            ("--classes a,b,c,d,e,f,g", "--classes: expected up to 6 different attributes, got"),
+            ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
+            ("--data nowhere", "--data: expected 'digits', a folder or zip of images, or a file"),
+            ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
+            ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
+            ("--stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
+            ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
+            ("--run-dir x", "unrecognized arguments: --run-dir x"),
+        ],
+    )
+    def test_bad_input(self, arguments, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        assert refused(["plan", "--data", "nowhere"], tmp_path, capsys) == (
-            "mflow: error: --data: expected 'digits', a folder or zip of images, or a file of "
-            "mflow prepare, got 'nowhere'\n"
-        )
-        # A preset names data that this machine may not have. It says the size of the images too.
-        assert "of 3x64x64" in self.plan(capsys, "--preset", "celeba64", "--steps", "1")
-
-    def test_one_image_is_not_plural(self, capsys):
-        options = ["--image-size", "2048", "--levels", "1", "--batch-size", "1"]
-        out = self.plan(capsys, *options, "--max-steps", "1")
-        assert "Batches of 1 image of 3x2048x2048" in out
-        assert "Evaluation, 1 image at a time" in out
+        assert message in refused(["plan", *arguments.split()], tmp_path, capsys)
 
 
 class TestAdvice:
@@ -214,8 +261,8 @@ class TestAdvice:
 
     def test_the_plan_is_of_the_training_that_a_card_would_run(self, capsys):
         tiny = ["--image-size", "16", "--levels", "1", "--manifold-dim", "8", "--stages", "[]"]
-        for memory, states in (("80GB", "States stored"), ("100MB", "States rebuilt")):
-            assert main(["plan", *tiny, "--gpu-memory", memory]) == 0
+        for room, states in (("80GB", "States stored"), ("100MB", "States rebuilt")):
+            assert main(["plan", *tiny, "--gpu-memory", room]) == 0
             assert states in capsys.readouterr().out
 
     def test_no_word_on_a_batch_that_is_not_larger(self):

@@ -5,13 +5,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import checkpoint, metrics, refused, weights
+from tiny_runs import assert_same_run, checkpoint, metrics, refused, spy, train_until, weights
 
 from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
-from training.spies import spy
-from training.stopped_runs import assert_same_run, train_until
 
 
 def rates(folder):

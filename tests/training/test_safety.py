@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny_runs import metrics, weights
+from tiny_runs import metrics, spy, weights
 
 from mflow_kernels import InvertibleConv1x1, ReversibleChain
 from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import module
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
-from training.spies import spy
 
 
 @pytest.mark.parametrize(
