@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measurements import Call, peak_of_step
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
-from benchmarks.harness.plain_glow import Latents, reference_glow, with_torch_convolutions
+from benchmarks.harness.plain_glow import Latents, multiscale, with_torch_convolutions
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured
 from benchmarks.reports.cases import Constant
@@ -119,7 +119,7 @@ def results(module: nn.Module, images: Tensor) -> Results:
 @lru_cache(maxsize=1)
 def shared_results(spec: Spec, device: torch.device) -> Results:
     """Return the reference of the function that this package and most peers compute."""
-    return results(reference_glow(spec.glow()).to(device), spec.images(device))
+    return results(multiscale(spec.glow()).double().to(device), spec.images(device))
 
 
 def assert_gradient_close(
