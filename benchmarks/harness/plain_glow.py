@@ -85,23 +85,24 @@ class Step(nn.Module):
         """Of W."""
         return self.log_diagonal.sum()
 
-    def actnorm_conv1x1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def mixed(self, x: Tensor) -> Tensor:
+        """Actnorm and 1x1 convolution."""
         bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
-        x = F.conv2d(log_scale.exp() * (x + bias), self.weight()[:, :, None, None])
-        return x, x.shape[2] * x.shape[3] * (self.log_scale.sum() + self.log_determinant())
+        return F.conv2d(log_scale.exp() * (x + bias), self.weight()[:, :, None, None])
+
+    def logdet(self, x: Tensor) -> Tensor:
+        """Of `mixed`."""
+        return x.shape[2] * x.shape[3] * (self.log_scale.sum() + self.log_determinant())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, change = self.actnorm_conv1x1(x)
-        x, logdet = self.coupling(x)
-        return x, logdet + change
+        x, logdet = self.coupling(self.mixed(x))
+        return x, logdet + self.logdet(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = z.shape[2] * z.shape[3]
         z, logdet = self.coupling.inverse(z)
         z = F.conv2d(z, torch.linalg.inv(self.weight())[:, :, None, None])
         bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
-        z = (-log_scale).exp() * z - bias
-        return z, logdet - pixels * (self.log_scale.sum() + self.log_diagonal.sum())
+        return (-log_scale).exp() * z - bias, logdet - self.logdet(z)
 
 
 class OtherStep(Step):
@@ -126,8 +127,7 @@ class OtherStep(Step):
         if not self.coupling_first:
             return super().forward(x)
         x, logdet = self.coupling(x)
-        x, change = self.actnorm_conv1x1(x)
-        return x, logdet + change
+        return self.mixed(x), logdet + self.logdet(x)
 
 
 class Multiscale(nn.Module):
