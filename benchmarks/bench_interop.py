@@ -14,12 +14,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness.measurements import REPLAY, Call, peak_of_step
-from benchmarks.harness.models import Spec, assert_gradient_close
+from benchmarks.harness.models import Spec, assert_trains_alike, train
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels.interop import accelerate
 from mflow_kernels.interop.subclasses import is_accelerated
-from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
 SECONDS_PER_PEAK = 120  # time limit of a process that measures peak memory
@@ -207,24 +206,10 @@ def variant_of(original: nn.Module, variant: str) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, x: Tensor) -> None:
-    """Run forward and backward, without the optimizer step, which is the same for all."""
-    model.zero_grad()
-    loss_of(model, x).backward()
-
-
 def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: str) -> None:
-    """Assert that loss and gradient of the images equal those of the original in float64."""
-    x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    loss, want = loss_of(model, x), loss_of(copy.deepcopy(original).double(), wide)
-    loss.backward()
-    want.backward()
     size = x[0].numel()  # terms of the logdet are of order one and may cancel over pixels
-    terms = max(spec.terms, spec.steps * size)
-    assert_close(loss.detach(), want.detach(), terms=terms, scale=size**0.5, name=f"{name}: loss")
-    assert x.grad is not None
-    assert wide.grad is not None
-    assert_gradient_close(x.grad, wide.grad, spec.terms, name)
+    how = {"terms": max(spec.terms, spec.steps * size), "scale": size**0.5}
+    assert_trains_alike(loss_of, model, original, (x,), spec.terms, name, **how)
 
 
 def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
@@ -232,7 +217,7 @@ def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
     torch.set_num_threads(threads)
     original, x = build(library, spec, torch.device(device_name))
     model = variant_of(original, variant)
-    return peak_of_step(model, partial(train, model, x), x.device)
+    return peak_of_step(model, partial(train, loss_of, model, x), x.device)
 
 
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
@@ -245,7 +230,7 @@ def measure(bench: Bench, library: str, spec: Spec) -> Measured:
         left = not any(map(is_accelerated, model.modules())) and variant != "original"
         described = f"{spec}, left as it is" if left else str(spec)
         measured.extra[variant] = {**spec._asdict(), "spec": described, "library": library}
-        return lambda: partial(train, model, x)
+        return lambda: partial(train, loss_of, model, x)
 
     made = measured.compare(bench, VARIANTS, make, ROUNDS)
     if not bench.check_only:

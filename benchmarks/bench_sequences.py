@@ -1,6 +1,7 @@
 """Measure training steps of Glow-TTS' decoder: as published, and as a masked chain."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,11 +10,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness.glow_tts import Decoder, Size, masked_chain
-from benchmarks.harness.measurements import REPLAY, interleaved, peak_of_step
-from benchmarks.harness.models import assert_gradient_close
+from benchmarks.harness.measurements import REPLAY, Call, peak_of_step
+from benchmarks.harness.models import assert_trains_alike, train
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, size_and_gpu, slug
-from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
 SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
@@ -50,50 +50,31 @@ def loss_of(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return (z.flatten(1).square().sum(1) / 2 - logdet).mean()
 
 
-def train(model: nn.Module, x: Tensor, mask: Tensor) -> None:
-    """Run forward and backward, without the optimizer step, which is the same for all."""
-    model.zero_grad()
-    loss_of(model, x, mask).backward()
-
-
-def check(model: nn.Module, published: Decoder, x: Tensor, mask: Tensor, name: str) -> None:
-    """Assert that loss and gradient of the frames equal the published ones in float64."""
-    terms = 9 * sum(p.shape[0] for p in published.parameters())
-    x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    loss = loss_of(model, x, mask)
-    want = loss_of(copy.deepcopy(published).double(), wide, mask.double())
-    loss.backward()
-    want.backward()
-    assert_close(loss.detach(), want.detach(), terms=terms, name=f"{name}: loss")
-    assert x.grad is not None
-    assert wide.grad is not None
-    assert_gradient_close(x.grad, wide.grad, terms, name)
-
-
 def step_peak(job: Job) -> int:
     size, batch, frames, variant, device, threads = job
     torch.set_num_threads(threads)
     published, *given = build(size, batch, frames, torch.device(device))
     model = variant_of(published, size, variant)
-    return peak_of_step(model, partial(train, model, *given), given[0].device)
+    return peak_of_step(model, partial(train, loss_of, model, *given), given[0].device)
 
 
 def measure(bench: Bench, size: Size, batch: int, frames: int) -> Measured:
     measured = Measured()
     published, *given = build(size, batch, frames, bench.device)
-    models = {variant: variant_of(published, size, variant) for variant in VARIANTS}
-    for variant, model in models.items():
-        check(model, published, *given, variant)
+    terms = 9 * sum(p.shape[0] for p in published.parameters())
+
+    def make(variant: str) -> Callable[[], Call]:
+        model = variant_of(published, size, variant)
+        assert_trains_alike(loss_of, model, published, given, terms, variant, terms=terms)
         spec = f"B={batch} T={frames} {size.blocks} blocks of width {size.width}"
         measured.extra[variant] = {"library": "Glow-TTS", "spec": spec}
-    if bench.check_only:
-        return measured
-    calls = {variant: partial(train, model, *given) for variant, model in models.items()}
-    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-    measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
-    device, threads = str(bench.device), bench.threads
-    jobs: list[Job] = [(size, batch, frames, variant, device, threads) for variant in VARIANTS]
-    measured.add_peaks(calls, in_fresh_processes(step_peak, jobs, 1, SECONDS_PER_PEAK))
+        return lambda: partial(train, loss_of, model, *given)
+
+    made = measured.compare(bench, VARIANTS, make, ROUNDS)
+    if not bench.check_only:
+        device, threads = str(bench.device), bench.threads
+        jobs: list[Job] = [(size, batch, frames, variant, device, threads) for variant in made]
+        measured.add_peaks(made, in_fresh_processes(step_peak, jobs, 1, SECONDS_PER_PEAK))
     return measured
 
 

@@ -19,6 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness.measurements import REPLAY, Call
+from benchmarks.harness.models import train
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels import SplineCoupling
 from mflow_kernels.interop import accelerate
@@ -177,15 +178,9 @@ def loss_of(flow: nn.Module, x: Tensor) -> Tensor:
     return (z.square().sum(1) / 2 - logdet).mean()
 
 
-def train(flow: nn.Module, x: Tensor) -> None:
-    """Run forward and backward, without the optimizer step, which is the same for all."""
-    flow.zero_grad()
-    loss_of(flow, x).backward()
-
-
 def task_of(task: str, flow: Any, x: Tensor) -> Call:
     if task == "train":
-        return partial(train, flow, x)
+        return partial(train, loss_of, flow, x)
     return torch.no_grad()(partial(flow if task == "forward" else flow.inverse, x))
 
 
@@ -225,8 +220,8 @@ def check(flow: Any, exact: Any, x: Tensor, name: str) -> None:
     assert_close(logdet, want_logdet, terms=terms * x.shape[1], name=f"{name}: logdet")
     with torch.no_grad():
         assert_close(flow.inverse(z), wide, terms=4 * terms, name=f"{name}: inverse")
-    train(flow, x)
-    train(exact, wide)
+    train(loss_of, flow, x)
+    train(loss_of, exact, wide)
     for (key, got), (_, grad) in zip(
         flow.named_parameters(), exact.named_parameters(), strict=True
     ):
@@ -261,7 +256,7 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
         except ImportError as error:
             raise Missing(f"{peer} is not installed ({error})") from None
         if variant == COMPILED:
-            train(flow, x)
+            train(loss_of, flow, x)
             about["compile_s"] = time.perf_counter() - began
         try:
             check(flow, exact, x, variant)

@@ -24,7 +24,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.harness.output import command_parser
+from benchmarks.harness.output import command_parser, save_figure
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.evaluation.likelihood import held_out_images
@@ -107,7 +107,7 @@ def draw_comparison(saved: Runs, path: Path) -> None:
         f"{saved.commands[0]['datetime'][:10]}",
         fontsize=7.5, color="0.3",
     )  # fmt: skip
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_figure(path, figure)
 
 
 def draw_splines(saved: Runs, path: Path) -> None:
@@ -134,7 +134,7 @@ def draw_splines(saved: Runs, path: Path) -> None:
         f"{machine['clock']}, {saved.commands[0]['datetime'][:10]}",
         fontsize=7.5, color="0.3",
     )  # fmt: skip
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_figure(path, figure)
 
 
 def draw_run(run: Run, path: Path) -> None:

@@ -1,10 +1,11 @@
 """A Glow of one size in every package: build it, check it against the reference, and time it."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measurements import Call, peak_of_step
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
-from benchmarks.harness.plain_glow import Latents, reference_glow, with_torch_convolutions
+from benchmarks.harness.plain_glow import Latents, multiscale, with_torch_convolutions
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured
 from benchmarks.reports.cases import Constant
@@ -119,7 +120,7 @@ def results(module: nn.Module, images: Tensor) -> Results:
 @lru_cache(maxsize=1)
 def shared_results(spec: Spec, device: torch.device) -> Results:
     """Return the reference of the function that this package and most peers compute."""
-    return results(reference_glow(spec.glow()).to(device), spec.images(device))
+    return results(multiscale(spec.glow()).double().to(device), spec.images(device))
 
 
 def assert_gradient_close(
@@ -139,6 +140,42 @@ def assert_gradient_close(
     bound = tolerance(torch.bfloat16 if low else torch.float32, terms) ** 0.5
     if not error <= bound:
         raise AssertionError(f"{name}: d images: relative error {error:.1e} exceeds {bound:.1e}")
+
+
+Loss = Callable[..., Tensor]  # of a model on its inputs, a scalar
+
+
+def train(loss_of: Loss, model: nn.Module, *inputs: Tensor) -> None:
+    """Run forward and backward, without the optimizer step, which is the same for all."""
+    model.zero_grad()
+    loss_of(model, *inputs).backward()
+
+
+def assert_trains_alike(
+    loss_of: Loss,
+    model: nn.Module,
+    original: nn.Module,
+    inputs: Sequence[Tensor],
+    products: int,
+    name: str,
+    **how: Any,
+) -> None:
+    """Assert that the loss, and its gradient of the first input, equal those of the original in
+    float64.
+
+    Args:
+        products: number of products behind one element of the gradient.
+        how: options of `assert_close` for the loss.
+    """  # fmt: skip
+    x, wide = inputs[0].clone().requires_grad_(), inputs[0].double().requires_grad_()
+    loss = loss_of(model, x, *inputs[1:])
+    want = loss_of(copy.deepcopy(original).double(), wide, *(t.double() for t in inputs[1:]))
+    loss.backward()
+    want.backward()
+    assert_close(loss.detach(), want.detach(), name=f"{name}: loss", **how)
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert_gradient_close(x.grad, wide.grad, products, name)
 
 
 class Model:

@@ -6,8 +6,12 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def command_parser(module: str, documentation: str | None) -> argparse.ArgumentParser:
@@ -54,6 +58,11 @@ def commit() -> str:
 
 def save_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def save_figure(path: Path, figure: "Figure", **how: Any) -> None:
+    """Write a PNG; `how` are options of `Figure.savefig`."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", **how))
 
 
 def save_json(path: Path, content: object) -> None:

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness.plain_glow import (
-    Multiscale,
-    ReferenceStep,
-    Step,
-    multiscale,
-    reference_glow,
-)
+from benchmarks.harness.plain_glow import Multiscale, OtherStep, Step, multiscale
 from benchmarks.harness.session import Missing
 from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow, Split
@@ -132,7 +126,8 @@ def _normflows(glow: Glow) -> Peer:
         net = _normflows_net(s.coupling.net, s.coupling.net[-1].out_channels)
         return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
-    return Peer(multiscale(glow, step, split), lambda: reference_glow(_with_scale(glow, scale)))
+    reference = _with_scale(glow, scale)
+    return Peer(multiscale(glow, step, split), lambda: multiscale(reference).double())
 
 
 def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
@@ -144,7 +139,7 @@ def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
 
 
 def _reference_of(
-    made: Multiscale, glow: Glow, step: Callable[[FlowStep, nn.Module], ReferenceStep]
+    made: Multiscale, glow: Glow, step: Callable[[FlowStep, nn.Module], OtherStep]
 ) -> Multiscale:
     """Return the reference of a peer whose W is its own: `step` also takes the peer's step."""
     steps = iter([s for level in made.levels for s in level])
@@ -176,12 +171,12 @@ def _nflows(glow: Glow) -> Peer:
         parts = [actnorm, conv, coupling(s.coupling.net, channels)]
         return transforms.CompositeTransform(parts)
 
-    def reference_step(s: FlowStep, made: nn.Module) -> ReferenceStep:
+    def reference_step(s: FlowStep, made: nn.Module) -> OtherStep:
         conv = copy.deepcopy(made._transforms[1]).double()
         order = conv.permutation._permutation
         lower, upper = conv._create_lower_upper()
         weight = (lower @ upper).detach()[:, torch.argsort(order)]
-        return ReferenceStep(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale)
+        return OtherStep(s, weight, scale)
 
     def split(s: Split) -> nn.Module:
         return coupling(s.coupling.net, s.coupling.net[-1].out_channels)
@@ -246,11 +241,8 @@ def _freia(glow: Glow) -> Peer:
     made = multiscale(glow, step)
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
 
-    def reference_step(s: FlowStep, block: nn.Module) -> ReferenceStep:
-        weight = block.block.w_perm[:, :, 0, 0]
-        return ReferenceStep(
-            weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale, coupling_first=True
-        )
+    def reference_step(s: FlowStep, block: nn.Module) -> OtherStep:
+        return OtherStep(s, block.block.w_perm[:, :, 0, 0], scale, coupling_first=True)
 
     return Peer(made, lambda: _reference_of(made, glow, reference_step))
 

@@ -1,6 +1,6 @@
 """Glow (arXiv 1807.03039) in plain PyTorch, as it is commonly written.
 
-The packages are compared with it, and in float64 it is the reference for all of them.
+The packages are compared with it, and `multiscale(glow).double()` is the reference for all of them.
 """
 
 import copy
@@ -81,58 +81,53 @@ class Step(nn.Module):
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         return self.permutation @ lower @ upper
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = x.shape[2] * x.shape[3]
+    def log_determinant(self) -> Tensor:
+        """Of W."""
+        return self.log_diagonal.sum()
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """Actnorm and 1x1 convolution."""
         bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
-        x = log_scale.exp() * (x + bias)
-        x = F.conv2d(x, self.weight()[:, :, None, None])
-        x, logdet = self.coupling(x)
-        return x, logdet + pixels * (self.log_scale.sum() + self.log_diagonal.sum())
+        return F.conv2d(log_scale.exp() * (x + bias), self.weight()[:, :, None, None])
+
+    def logdet(self, x: Tensor) -> Tensor:
+        """Of `mixed`."""
+        return x.shape[2] * x.shape[3] * (self.log_scale.sum() + self.log_determinant())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = self.coupling(self.mixed(x))
+        return x, logdet + self.logdet(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = z.shape[2] * z.shape[3]
         z, logdet = self.coupling.inverse(z)
         z = F.conv2d(z, torch.linalg.inv(self.weight())[:, :, None, None])
         bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
-        z = (-log_scale).exp() * z - bias
-        return z, logdet - pixels * (self.log_scale.sum() + self.log_diagonal.sum())
+        return (-log_scale).exp() * z - bias, logdet - self.logdet(z)
 
 
-class ReferenceStep(nn.Module):
-    """The reference of a step, for any matrix W and either order of convolution and coupling."""
+class OtherStep(Step):
+    """A step with another matrix W and scale function, whose coupling may come first."""
 
-    weight: Tensor
-    bias: Tensor
-    log_scale: Tensor
+    matrix: Tensor
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        log_scale: Tensor,
-        net: nn.Module,
-        scale: ScaleFunction,
-        coupling_first: bool = False,
+        self, step: FlowStep, matrix: Tensor, scale: ScaleFunction, coupling_first: bool = False
     ) -> None:
-        super().__init__()
-        for name, value in (("weight", weight), ("bias", bias), ("log_scale", log_scale)):
-            self.register_buffer(name, value.detach().double())
-        self.coupling = Coupling(net, scale).double()
-        self.coupling_first = coupling_first
+        super().__init__(step)
+        self.register_buffer("matrix", matrix.detach())
+        self.coupling.scale, self.coupling_first = scale, coupling_first
+
+    def weight(self) -> Tensor:
+        return self.matrix
+
+    def log_determinant(self) -> Tensor:
+        return torch.linalg.slogdet(self.matrix).logabsdet
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.actnorm_conv1x1, self.coupling]
-        logdet = x.new_zeros(x.shape[0])
-        for part in parts[::-1] if self.coupling_first else parts:
-            x, change = part(x)
-            logdet = logdet + change
-        return x, logdet
-
-    def actnorm_conv1x1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
-        x = F.conv2d(log_scale.exp() * (x + bias), self.weight[:, :, None, None])
-        log_det = self.log_scale.sum() + torch.linalg.slogdet(self.weight).logabsdet
-        return x, x.shape[2] * x.shape[3] * log_det
+        if not self.coupling_first:
+            return super().forward(x)
+        x, logdet = self.coupling(x)
+        return self.mixed(x), logdet + self.logdet(x)
 
 
 class Multiscale(nn.Module):
@@ -188,15 +183,3 @@ def multiscale(
         else:
             levels.append([])
     return Multiscale(levels, splits)
-
-
-def reference_glow(glow: Glow) -> Multiscale:
-    """Return the float64 reference of a Glow."""
-
-    def step(s: FlowStep) -> ReferenceStep:
-        weight = Step(s).double().weight()
-        return ReferenceStep(
-            weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, s.coupling.scale
-        )
-
-    return multiscale(glow, step).double()

@@ -1,7 +1,6 @@
 """Figures of saved benchmark runs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.harness.output import save_figure
 from benchmarks.harness.saved_runs import Row, ratio
-from mflow_kernels.data.files import write_atomically
 
 MIB = 2**20
 COLOURS = [*mpl.color_sequences["tab10"], "black"]
@@ -22,8 +21,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     made = []
     for name, figure in _figures(rows):
         path = out / f"{name}.png"
-        save = partial(figure.savefig, format="png", dpi=130, bbox_inches="tight")
-        write_atomically(path, save)
+        save_figure(path, figure, dpi=130, bbox_inches="tight")
         plt.close(figure)
         made.append(path)
     return made

@@ -66,19 +66,8 @@ class Configuration:
 
 
 NO_STATES = {
-    "weight",
-    "weight_inverse",
-    "dweight",
-    "outer_sum",
-    "dbias",
-    "ledger",
-    "dledger",
-    "dw1",
-    "db1",
-    "dw2",
-    "db2",
-    "dw3",
-    "db3",
+    *("weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger"),
+    *("dw1", "db1", "dw2", "db2", "dw3", "db3"),
 }
 
 

@@ -17,7 +17,6 @@ columns leaves each of 128 threads 4 elements, which are 8 bytes in 16 bits.
 A second run finds the compiled kernels in Triton's cache.
 """
 
-import argparse
 import multiprocessing
 import shutil
 import sys
@@ -25,12 +24,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reports import aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 
-from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.output import command_parser, save_json, text_table
 from benchmarks.reports import recorded
 from benchmarks.reports.cases import Case, operations
 from benchmarks.reports.configuration import Configuration, states, widths
@@ -178,23 +178,8 @@ class Row:
     share16: float | None  # share of the accesses to states that move 16 bytes
     faults: list[str]
 
-    HEAD = (
-        "kernel",
-        "variant",
-        "model",
-        "C",
-        "P",
-        "layout",
-        "dtypes",
-        "target",
-        "registers",
-        "spilled B",
-        "shared B",
-        "warps",
-        "blocks",
-        "16 B",
-        "",
-    )
+    HEAD = ("kernel", "variant", "model", "C", "P", "layout", "dtypes", "target", "registers",
+            "spilled B", "shared B", "warps", "blocks", "16 B", "")  # fmt: skip
 
     @property
     def cells(self) -> tuple[object, ...]:
@@ -205,69 +190,40 @@ class Row:
 _work: list[Configuration] = []  # inherited by the forked workers: launches cannot be pickled
 
 
+def _row(
+    named: tuple[Any, ...], target: str, made: aot.Compiled, share16: float | None = None
+) -> Row:
+    """`named` are the fields of a row up to `dtypes`."""
+    usage = made.registers, made.spilled, made.shared, made.warps
+    if made.error:
+        return Row(*named, target, *usage, 0, share16, [f"not compiled: {made.error}"])
+    blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+    faults = ["spills"] if made.spilled else []
+    faults += [] if blocks else ["does not fit"]
+    return Row(*named, target, *usage, blocks, share16, faults)
+
+
 def _compile(job: tuple[int, str]) -> Row:
     index, target = job
-    configuration = _work[index]
-    launch = configuration.launch
-    made = aot.compile_for(launch, target)
-    accesses = {name: made.access.get(name, []) for name in states(launch)}
+    one = _work[index]
+    made = aot.compile_for(one.launch, target)
+    accesses = {name: made.access.get(name, []) for name in states(one.launch)}
     widths = [width for access in accesses.values() for width in access]
-    blocks = (
-        0 if made.error else aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
-    )
-    faults = [f"not compiled: {made.error}"] if made.error else []
-    if made.spilled:
-        faults.append("spills")
-    if not made.error and not blocks:
-        faults.append("does not fit")
-    for name, allowed in sorted(configuration.widths.items()):
+    kernel = one.launch.kernel.__name__.strip("_")
+    named = kernel, one.variant, one.model, one.c, one.p, one.layout, one.dtypes
+    row = _row(named, target, made, sum(w >= 16 for w in widths) / len(widths) if widths else None)
+    for name, allowed in sorted(one.widths.items()):
         if accesses[name] and min(accesses[name]) < allowed:
-            faults.append(f"{name} by {min(accesses[name])} B, not {allowed}")
-    return Row(
-        launch.kernel.__name__.strip("_"),
-        configuration.variant,
-        configuration.model,
-        configuration.c,
-        configuration.p,
-        configuration.layout,
-        configuration.dtypes,
-        target,
-        made.registers,
-        made.spilled,
-        made.shared,
-        made.warps,
-        blocks,
-        sum(w >= 16 for w in widths) / len(widths) if widths else None,
-        faults,
-    )
+            row.faults.append(f"{name} by {min(accesses[name])} B, not {allowed}")
+    return row
 
 
 def _compile_native(job: tuple[str, str]) -> list[Row]:
     source, target = job
-    rows = []
-    for name, made in compile_native(source, target):
-        blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
-        faults = ["spills"] if made.spilled else []
-        faults += [] if blocks else ["does not fit"]
-        row = Row(
-            name,
-            "csrc",
-            "-",
-            "-",
-            "-",
-            "any",
-            "",
-            target,
-            made.registers,
-            made.spilled,
-            made.shared,
-            made.warps,
-            blocks,
-            None,
-            faults,
-        )
-        rows.append(row)
-    return rows
+    return [
+        _row((name, "csrc", "-", "-", "-", "any", ""), target, made)
+        for name, made in compile_native(source, target)
+    ]
 
 
 def report(size: str, targets: Sequence[str], processes: int | None = None) -> list[Row]:
@@ -280,27 +236,16 @@ def report(size: str, targets: Sequence[str], processes: int | None = None) -> l
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         built = pool.map_async(_compile_native, native if shutil.which("nvcc") else [], 1)
         rows = pool.map(_compile, jobs, 1) + [row for part in built.get() for row in part]
-    rows.sort(
-        key=lambda r: (
-            r.kernel,
-            r.variant,
-            str(r.c).zfill(4),
-            str(r.p),
-            r.layout,
-            r.dtypes,
-            int(r.target[3:]),
-        )
-    )
+    rows.sort(key=lambda r: (r.kernel, r.variant, str(r.c).zfill(4), str(r.p), r.layout, r.dtypes,
+                             int(r.target[3:])))  # fmt: skip
     return rows
 
 
 def limits(targets: Sequence[str]) -> str:
     head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
-    values = [(t, aot.ARCHS[t]) for t in targets]
-    return text_table(
-        head,
-        [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
-    )
+    archs = [(t, aot.ARCHS[t]) for t in targets]
+    rows = [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in archs]
+    return text_table(head, rows)
 
 
 def worst(rows: Sequence[Row]) -> list[str]:
@@ -318,32 +263,15 @@ def worst(rows: Sequence[Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reports.static",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        choices=list(aot.ARCHS),
-        help=f"may be repeated; default: {', '.join(aot.TARGETS)}",
-    )
+    parser = command_parser("benchmarks.reports.static", __doc__)
+    parser.add_argument("--target", action="append", choices=list(aot.ARCHS),
+                        help=f"may be repeated; default: {', '.join(aot.TARGETS)}")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick",
-        action="store_const",
-        const="quick",
-        dest="size",
-        help="one launch of each kernel; takes seconds",
-    )
-    size.add_argument(
-        "--full",
-        action="store_const",
-        const="full",
-        dest="size",
-        help="also each operator alone, at every width, layout and dtype; takes many minutes",
-    )
+    for name, text in (
+        ("quick", "one launch of each kernel; takes seconds"),
+        ("full", "also each operator alone, at every width, layout and dtype; takes many minutes"),
+    ):
+        size.add_argument(f"--{name}", action="store_const", const=name, dest="size", help=text)
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)

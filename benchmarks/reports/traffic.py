@@ -169,26 +169,10 @@ def row(
         elif products > MOST_PRODUCTS:
             fault = f"over {MOST_PRODUCTS} of the products"
     return Row(
-        operation,
-        direction,
-        launch.kernel.strip("_"),
-        case.c,
-        case.n,
-        case.p,
-        case.layout,
-        1,
-        loaded,
-        stored,
-        fewest,
-        ratio,
-        sectors,
-        products,
-        launch.banks,
-        sum(m.moved for m in other),
-        sector_bytes_ratio(other),
-        math.ceil(reads),
-        fault,
-    )
+        operation, direction, launch.kernel.strip("_"), case.c, case.n, case.p, case.layout, 1,
+        loaded, stored, fewest, ratio, sectors, products, launch.banks,
+        sum(m.moved for m in other), sector_bytes_ratio(other), math.ceil(reads), fault,
+    )  # fmt: skip
 
 
 # Tiles are powers of two, so 12 channels take 16 places and 16^2 / 12^2 = 1.78 of the products.

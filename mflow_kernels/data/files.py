@@ -207,6 +207,13 @@ def make_folder(
             replaced.release()
 
 
+def make_result(folder: Path, fill: Callable[[Path], object], argument: str) -> None:
+    """Create a new folder as `make_folder` does, and leave no lock in it."""
+    lock = make_folder(folder, fill, argument)
+    (folder / LOCK).unlink(missing_ok=True)
+    lock.release()
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders that killed processes left beside a folder (`make_folder`)."""
     for path in folder.parent.glob(f".{glob.escape(shortened(folder.name))}.*"):

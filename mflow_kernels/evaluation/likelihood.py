@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mflow_kernels.data.batches import Batch, OrderedBatches, images_and_classes
+from mflow_kernels.data.batches import OrderedBatches, images_and_classes
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
@@ -139,15 +139,12 @@ def evaluate_model(
         ValueError: the images have another shape.
     """
     check_image_shape(images, model)
-    device = next(model.parameters()).device
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
     right = None  # number of images whose class the posterior finds
-    for number, batch in enumerate(_batches("evaluating", images)):
-        generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        levels, classes = images_and_classes(batch)
-        x = dequantize(levels.to(device), n_bits, generator)
+    for levels, classes, generator in _batches("evaluating", model, images):
+        x = dequantize(levels, n_bits, generator)
         context = context_of(model, x, classes)
         if context is not None and classes is not None:
             right = (right or 0) + int((class_log_probs(model, x).argmax(1) == context).sum())
@@ -193,13 +190,18 @@ def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
-def _batches(what: str, images: ImageSet) -> Iterator[Batch]:
-    """Yield all images in order, in batches, under a progress bar."""
-    done = 0
+def _batches(
+    what: str, model: HierarchicalFlow, images: ImageSet
+) -> Iterator[tuple[Tensor, Tensor | None, torch.Generator]]:
+    """Yield all images in order, in batches on the model's device, under a progress bar: their
+    levels, their classes and the generator of their noise."""
+    device, done = next(model.parameters()).device, 0
     with progress_bar(what, len(images)) as progress:
-        for batch in OrderedBatches(images, evaluation_batch_size(images.image_shape)):
-            yield batch
-            done += len(images_and_classes(batch)[0])
+        batches = OrderedBatches(images, evaluation_batch_size(images.image_shape))
+        for number, (levels, classes) in enumerate(map(images_and_classes, batches)):
+            noise = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
+            yield levels.to(device), classes, noise
+            done += len(levels)
             progress(done)
 
 
@@ -218,13 +220,10 @@ def importance_weighted_bits(
         model, images, n_bits: see `evaluate_model`.
         draws: K, at least 1.
     """
-    device = next(model.parameters()).device
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
-    for number, batch in enumerate(_batches("importance weights", images)):
-        generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        levels, classes = images_and_classes(batch)
-        levels, each = levels.to(device), []
+    for levels, classes, generator in _batches("importance weights", model, images):
+        each = []
         for _ in range(draws):
             x = dequantize(levels, n_bits, generator)
             classes = context_of(model, x, classes)  # the first draw decides unknown classes

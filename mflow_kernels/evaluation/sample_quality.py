@@ -1,6 +1,7 @@
 """FID, KID, precision and recall of a model's samples, at several temperatures."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +52,13 @@ def sample_quality(
                 progress(done)
             return torch.cat(parts)
 
-        real = extract(_image_batches(images, count))
+        rows_of = torch.arange(count).split(_FEATURE_BATCH)
+        real = extract(map(images.batch, rows_of))
         for temperature in TEMPERATURES:
             fake = extract(_sample_batches(run.model, count, temperature, ambient))
             distance = feature_distance(real, fake)
             rows.append(SampleQuality(temperature, name, count, distance, ambient))
     return tuple(rows)
-
-
-def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
-    for begin in range(0, count, _FEATURE_BATCH):
-        yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
 
 
 def _sample_batches(
@@ -73,11 +70,5 @@ def _sample_batches(
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
         context = sampled_classes(model, number)
-        x = model.sample(
-            number,
-            context=context,
-            temperature=temperature,
-            generator=generator,
-            off_manifold=ambient,
-        )
-        yield to_image(x)
+        how: dict[str, Any] = {"temperature": temperature, "generator": generator}
+        yield to_image(model.sample(number, context=context, off_manifold=ambient, **how))

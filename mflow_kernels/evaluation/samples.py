@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import bin_centres, to_image
-from mflow_kernels.data.files import LOCK, make_folder
+from mflow_kernels.data.files import make_result
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
@@ -69,9 +69,7 @@ def write_images(folder: Path, rows: Mapping[str, Tensor], argument: str) -> Non
                 image = Image.fromarray(pixels[..., 0] if grey else pixels)
                 image.save(temporary / f"{prefix}{number:04}.png")
 
-    lock = make_folder(folder, fill, argument)
-    (folder / LOCK).unlink(missing_ok=True)
-    lock.release()
+    make_result(folder, fill, argument)
 
 
 def samples_by_temperature(

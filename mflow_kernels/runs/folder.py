@@ -1,26 +1,21 @@
 """Run folders: create one, read one, and load the model that it describes."""
 
-import csv
 import hashlib
-import io
 import os
-import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import yaml
 from filelock import FileLock
 from torch import Tensor
 
 from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.data.files import (
-    LOCK,
     check_can_be_written,
     make_folder,
+    make_result,
     read_regular,
     shortened,
     write_atomically,
@@ -32,33 +27,8 @@ from mflow_kernels.models.pretrained import ARCHITECTURE, contents, write
 from mflow_kernels.runs.card import CARD, SAMPLES, model_card
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, Stage
-from mflow_kernels.runs.parser import as_option
 
 CONFIG = "config.yaml"
-CHANGES = "changes.csv"
-# Options that may change when a run resumes. Those up to `max_condition` set how it trains from the
-# next step on. The others are about the machine, memory, safety limits and checkpoints.
-CHANGEABLE_OPTIONS = (
-    "learning_rate",
-    "stage_learning_rate",
-    "schedule",
-    "epochs",
-    "stage_epochs",
-    "max_steps",
-    "stage_max_steps",
-    "batch_size",
-    "max_condition",
-    "device",
-    "reversible",
-    "checkpoint_every",
-    "max_drift",
-    "save_minutes",
-    "save_steps",
-    "max_skipped",
-    "compile",
-    "cuda_graphs",
-    "accumulate",
-)
 EVALUATION = "evaluation.json"
 _AVERAGE = "average.model."  # prefix of the averaged weights in a checkpoint
 
@@ -171,39 +141,6 @@ def create_run(
         manifest.write(temporary / MANIFEST)
 
     return make_folder(folder, fill, "run_dir", replaced)
-
-
-class Change(NamedTuple):
-    """An option that changes when a run resumes."""
-
-    option: str
-    before: object
-    after: object
-
-    def __str__(self) -> str:
-        values = (yaml.safe_dump(v, default_flow_style=True) for v in (self.before, self.after))
-        before, after = (text.removesuffix("...\n").strip() for text in values)
-        return f"{as_option(self.option)} {before} -> {after}"
-
-
-def record_changes(folder: Path, config: RunConfig, changes: Sequence[Change], step: int) -> None:
-    """Replace the recorded options with those given on resume, and add the changes to CHANGES.
-
-    A row of CHANGES has the first step with the new value, the option, and its values before and
-    after.
-    """
-    if not changes:
-        return
-    path = folder / CHANGES
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    if path.exists():
-        text.write(read_regular(path).decode(errors="replace"))
-    else:
-        writer.writerow(["step", "option", "before", "after"])
-    writer.writerows([step, *change] for change in changes)
-    write_atomically(path, lambda path: path.write_text(text.getvalue(), newline=""))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
 def check_new_run(folder: Path, overwrite: bool) -> None:
@@ -336,30 +273,7 @@ def export_run(run: Run, folder: Path) -> None:
         if drawn:
             shutil.copyfile(samples, temporary / SAMPLES)
 
-    lock = make_folder(folder, fill, "out")
-    (folder / LOCK).unlink(missing_ok=True)
-    lock.release()
-
-
-def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
-    """Return the options whose values differ from the recorded ones.
-
-    Raises:
-        ValueError: one of them may not change on resume. The message lists those that may.
-    """
-    changes = []
-    wanted, had = asked.values(), recorded.values()
-    for name, want in wanted.items():
-        if want == (have := had.get(name)):
-            continue
-        if re.sub(r"^stages\[\d+\].", "stage_", name) not in CHANGEABLE_OPTIONS:
-            raise ValueError(
-                f"{name}: cannot change on resume (the run has {have}, got {want}); "
-                f"{', '.join(map(as_option, CHANGEABLE_OPTIONS))} can; --init-from starts a new "
-                "run from the weights of this one"
-            )
-        changes.append(Change(name, have, want))
-    return changes
+    make_result(folder, fill, "out")
 
 
 def initialize_from(model: HierarchicalFlow, folder: str) -> str | None:

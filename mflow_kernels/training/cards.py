@@ -5,25 +5,11 @@ and at least the time of its products at the card's tensor throughput. No kernel
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
-
-class Kernel(Protocol):
-    """The work of one kernel launch."""
-
-    @property
-    def moved(self) -> int:
-        """Bytes read and written."""
-
-    @property
-    def flops(self) -> int:
-        """Floating point operations of products."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the products' factors."""
+from mflow_kernels.training.account import Kernel
 
 
 class Card(NamedTuple):

@@ -16,13 +16,12 @@ from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
+from mflow_kernels.runs.changes import Change, changed_options
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import (
     CONFIG,
-    Change,
     build_model,
-    changed_options,
     check_new_run,
     checkpoint_tensors,
     initialize_from,

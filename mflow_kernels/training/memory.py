@@ -228,11 +228,8 @@ def _loss(
 
 
 def checkpoint_bytes(steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, and moments.
-
-    Args:
-        steps: of all stages.
-    """
+    """Return the size of the last checkpoint, from the steps of all stages: weights, buffers, their
+    average, and moments."""
     return 2 * steps[0].weights + sum(step.moments for step in steps)
 
 
@@ -255,10 +252,8 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
 def largest_batch(config: RunConfig, memory: int, steps: Sequence[Step]) -> int:
     """Return the largest batch whose predicted peak fits in `memory` bytes; 0 if none does.
 
-    A second walk, with a batch that nearly fits, shows how a step's memory grows with the batch.
-
-    Args:
-        steps: `walk(config)`.
+    `steps` are `walk(config)`. A second walk, with a batch that nearly fits, shows how a step's
+    memory grows with the batch.
     """
     size, parts = config.batch_size, config.accumulate
 

@@ -1,9 +1,8 @@
 """Training of all stages of a hierarchical flow, as one LightningModule and in one `fit`."""
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from mflow_kernels.data.batches import (
     Batch,
@@ -38,8 +38,6 @@ from mflow_kernels.training.schedule import Schedule
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
 _BOUND_EVERY = 100  # --max-condition is enforced at this interval, in steps
 _FITTED_IMAGES = 4096  # the prior of a stage is fitted to at most this many images
-_FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FlowTraining(LightningModule):
@@ -64,6 +62,10 @@ class FlowTraining(LightningModule):
         splits: images to train on (`train`) and to validate on (`valid`).
         config: configuration of the run.
         checkpoint: checkpoint to resume from. The trainer needs `loops.resume_loops` too.
+        schedule: class of the schedule.
+
+    Attributes:
+        logged: the metrics of the last logged step.
     """
 
     def __init__(
@@ -72,17 +74,15 @@ class FlowTraining(LightningModule):
         splits: Splits,
         config: TrainConfig,
         checkpoint: Checkpoint | None = None,
+        schedule: type[Schedule] = Schedule,
     ) -> None:
         super().__init__()
         self.model = model
         self.average = WeightAverage(model, config.ema_decay)
         self.guard = StepGuard(config.loss_spike, config.max_drift)
-        self._splits = splits
-        self._config = config
-        self.schedule = Schedule(
-            config, len(splits.train), checkpoint.progress if checkpoint else None
-        )
-        self._highest_rates = [stage.learning_rate for stage in config.flows]
+        self._splits, self._config = splits, config
+        start = checkpoint.progress if checkpoint else None
+        self.schedule = schedule(config, len(splits.train), start)
         self.log_interval = min(50, max(1, self.schedule.total_steps // 500))
         self._dims = math.prod(splits.train.image_shape)
         self._chains = [
@@ -96,7 +96,7 @@ class FlowTraining(LightningModule):
         self._last_logged = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
         self._measured: dict[str, Any] = {}  # metrics of the step that runs
-        self._logged: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
         self._checkpoint = checkpoint
         if checkpoint is not None:
             self.load_state_dict(checkpoint.tensors)
@@ -105,11 +105,6 @@ class FlowTraining(LightningModule):
     def loss(self) -> Tensor:
         """The loss of the last step, a scalar on the device."""
         return self._loss
-
-    @property
-    def logged(self) -> Mapping[str, float]:
-        """The metrics of the last logged step."""
-        return self._logged
 
     @property
     def stage(self) -> int:
@@ -131,10 +126,6 @@ class FlowTraining(LightningModule):
         """Return the number of steps that a stage has taken."""
         return self.global_step - self.schedule.begins[stage]
 
-    def _active(self, stage: int) -> list[int]:
-        """Return the stages whose weights change while `stage` is trained."""
-        return list(range(stage + 1)) if self._config.release else [stage]
-
     @property
     def _is_logged(self) -> bool:
         """Whether this step's metrics are logged and the guard is read."""
@@ -142,14 +133,13 @@ class FlowTraining(LightningModule):
 
     def setup(self, stage: str) -> None:
         if (count := self.trainer.accumulate_grad_batches) != 1:
-            raise ValueError(
-                f"accumulate_grad_batches: expected 1, and the option accumulate, got {count}"
-            )
-        half = self._config.precision == "float16"
+            expected = "accumulate_grad_batches: expected 1, and the option accumulate"
+            raise ValueError(f"{expected}, got {count}")
+        config = self._config
+        half = config.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if self._checkpoint is not None and self._checkpoint.grad_scaler:
             self._scaler.load_state_dict(self._checkpoint.grad_scaler)
-        config = self._config
         if config.cuda_graphs and config.accumulate == 1 and can_capture(self.device):
             self._graphs = StepGraphs()
         self._freeze_others(self.stage)
@@ -158,7 +148,7 @@ class FlowTraining(LightningModule):
         """Let only the weights that `stage` trains have gradients, so that ranks exchange these."""
         if stage == self._unfrozen:
             return
-        self._unfrozen, active = stage, self._active(stage)
+        self._unfrozen, active = stage, self.schedule.active(stage)
         for i, weights in enumerate(self._weights):
             for weight in weights:
                 weight.requires_grad_(i in active)
@@ -180,25 +170,21 @@ class FlowTraining(LightningModule):
         for index, stage in enumerate(self.model.stages):
             networks, others = parameter_groups(stage)
             decay, muon = self._config.weight_decay, self._config.optimizer == "muon"
-            # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
+            # LambdaLR multiplies initial_lr by what `rate_of` returns.
             groups += [
                 {"params": networks, "weight_decay": decay, "initial_lr": 1.0, "muon": muon},
                 {"params": others, "weight_decay": 0.0, "initial_lr": 1.0, "muon": False},
             ]
-            rates += [self._rate_of_stage(index)] * 2
+            rates += [self.schedule.rate_of(index)] * 2
         optimizer = MuonAdamW(groups, lr=1.0)
-        step = self.global_step
         if self._checkpoint is not None:
             state = {**optimizer.state_dict(), "state": self._checkpoint.moments}
             optimizer.load_state_dict(state)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=step - 1)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        how: Any = {"scheduler": LambdaLR(optimizer, rates, last_epoch=self.global_step - 1)}
+        return {"optimizer": optimizer, "lr_scheduler": how | {"interval": "step"}}
 
     def on_fit_end(self) -> None:
-        for weight in itertools.chain(*self._weights):
+        for weight in (w for weights in self._weights for w in weights):
             weight.requires_grad_()
 
     def on_train_start(self) -> None:
@@ -214,7 +200,7 @@ class FlowTraining(LightningModule):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
                 if self.model.stages[stage].prior is None:
-                    x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
+                    x, classes = self._dequantize(batch)
                     self.model.initialize(x, stage=stage, context=classes)
                 else:
                     self._initialize_with_prior(stage)
@@ -240,7 +226,7 @@ class FlowTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run the forward pass, and the backward pass of every part of the batch but the last."""
         stage = self.stage
-        x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
+        x, classes = self._dequantize(batch)
         inputs = (x,) if classes is None else (x, classes)
         parts = [*zip(*(t.chunk(self._config.accumulate) for t in inputs), strict=True)]
         losses, found, self._drifts = [], [], []
@@ -269,9 +255,8 @@ class FlowTraining(LightningModule):
         losses = partial(self._losses, stage)
         if self._graphs is None:
             return losses(*inputs)
-        return self._graphs(
-            stage, inputs, losses, [self.model.stages[i] for i in self._active(stage)]
-        )
+        modules = [self.model.stages[i] for i in self.schedule.active(stage)]
+        return self._graphs(stage, inputs, losses, modules)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Do nothing: Lightning calls this after `training_step`, which has added gradients."""
@@ -300,8 +285,7 @@ class FlowTraining(LightningModule):
         optimizer_closure()
         fused: Any = optimizer.optimizer
         self._scaler.unscale_(fused)
-        groups = [group["params"] for group in fused.param_groups]
-        parameters = [p for group in groups for p in group if p.grad is not None]
+        parameters = [p for g in fused.param_groups for p in g["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, norm)
         drifts = self._drifts + self._last_drifts()
@@ -313,11 +297,14 @@ class FlowTraining(LightningModule):
         fused.step()
         self._scaler.update()
         stage = self.stage
-        self._bound_conditions(stage)
-        self.average.update(
-            ((self.model.stages[i], self.averaged.stages[i]) for i in self._active(stage)),
-            self._step_in_stage(stage),
-        )
+        step, limit = self._step_in_stage(stage), self._config.max_condition
+        active = self.schedule.active(stage)
+        pairs = [(self.model.stages[i], self.averaged.stages[i]) for i in active]
+        # Before checkpoints, so that a run that resumes starts from bounded weights too.
+        if limit is not None and (step + 1) % _BOUND_EVERY == 0:
+            for trained, averaged in pairs:
+                bound_conditions(trained, averaged, limit)
+        self.average.update(pairs, step)
 
     def _read_guard(self, norm: Tensor, drift: Tensor | None) -> None:
         """Wait for the device; stop training before this step's update if it cannot continue."""
@@ -329,19 +316,11 @@ class FlowTraining(LightningModule):
         if drift is not None:
             self._measured["drift"] = drift
 
-    def _bound_conditions(self, stage: int) -> None:
-        # This comes before checkpoints, so that a run that resumes starts from bounded weights too.
-        limit = self._config.max_condition
-        if limit is None or (self._step_in_stage(stage) + 1) % _BOUND_EVERY:
-            return
-        for i in self._active(stage):
-            bound_conditions(self.model.stages[i], self.averaged.stages[i], limit)
-
     def _last_drifts(self) -> list[Tensor]:
         return [c.drift for c in self._trained_chains() if c.drift is not None]
 
     def _trained_chains(self) -> list[ReversibleChain]:
-        return [chain for i in self._active(self.stage) for chain in self._chains[i]]
+        return [chain for i in self.schedule.active(self.stage) for chain in self._chains[i]]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % self.log_interval:
@@ -350,7 +329,7 @@ class FlowTraining(LightningModule):
         self._last_logged = time.perf_counter(), self.global_step
         seconds = self._last_logged[0] - started
         speed = len(images_and_classes(batch)[0]) * (self.global_step - step) / seconds
-        self._logged = self._log({"images_per_second": speed, **self._measured})
+        self.logged = self._log({"images_per_second": speed, **self._measured})
 
     def _log(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Pass metrics of the last step to the loggers, and return them as numbers.
@@ -390,8 +369,7 @@ class FlowTraining(LightningModule):
         conditions = largest_conditions(self.model.stages[self.trained_stage])
         self._log({"heldout_bits_per_dim": bits, **conditions})
 
-    def on_validation_end(self) -> None:
-        self._last_logged = time.perf_counter(), self.global_step
+    on_validation_end = on_train_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         copy_buffers(self.model, self.averaged)
@@ -399,13 +377,13 @@ class FlowTraining(LightningModule):
         checkpoint["progress"] = self.schedule.progress(self.global_step).to_dict()
 
     def _autocast(self) -> torch.autocast:
-        dtype = _DTYPES[self._config.precision]
+        dtype = getattr(torch, self._config.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def _dequantize(self, batch: Batch, stream: Stream) -> tuple[Tensor, Tensor | None]:
+    def _dequantize(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return this rank's images of a batch as data, and their classes, if they have any."""
         generator = stream_generator(
-            self._config.seed, stream, self.global_step, device=self.device
+            self._config.seed, Stream.TRAINING_NOISE, self.global_step, device=self.device
         )
         images, classes = images_and_classes(batch)
         x = self._rank_share(self._as_data(images, generator))
@@ -420,24 +398,3 @@ class FlowTraining(LightningModule):
     def _rank_share(self, x: Tensor) -> Tensor:
         """Return the images of a batch that this rank computes."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
-
-    def _rate_of_stage(self, stage: int) -> Callable[[int], float]:
-        """Return the learning rate of a stage's weights as a function of the step."""
-
-        def rate(step: int) -> float:
-            trained = self.schedule.stage_of(step)
-            if step >= self.schedule.total_steps or stage not in self._active(trained):
-                return 0.0
-            return self._learning_rate(trained, step - self.schedule.begins[trained])
-
-        return rate
-
-    def _learning_rate(self, stage: int, done: int) -> float:
-        """Return the learning rate after `done` steps of a stage: a linear warm-up, then a cosine
-        or a constant."""
-        steps = self.schedule.steps(stage)
-        warm_up = max(1, min(self._config.warm_up, steps // 5))
-        rate = 1.0
-        if self._config.schedule == "cosine":
-            rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
-        return self._highest_rates[stage] * min((done + 1) / warm_up, rate)

@@ -1,4 +1,7 @@
-"""The text of `mflow plan`: the memory, steps, disk space and hours of a training run."""
+"""The text of `mflow plan`: the memory, steps, disk space and hours of a training run.
+
+The functions take a configuration and its `steps`, which are `walk(config)`.
+"""
 
 import dataclasses
 import re
@@ -38,19 +41,11 @@ def _describe_flow(config: RunConfig) -> str:
 
 
 def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
-    """Return the part of `mflow plan` on the configuration and its peak memory.
-
-    Args:
-        steps: `walk(config)`.
-    """
+    """Return the part of `mflow plan` on the configuration and its peak memory."""
     step, gpu = highest(steps), config.device != "cpu"
-    states = (
-        "stored"
-        if not config.reversible
-        else "rebuilt"
-        if config.checkpoint_every is None
-        else f"rebuilt, one in {config.checkpoint_every} kept"
-    )
+    states = "rebuilt" if config.reversible else "stored"
+    if config.reversible and config.checkpoint_every is not None:
+        states = f"rebuilt, one in {config.checkpoint_every} kept"
     size = config.image_size
     parts = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     lines = [
@@ -111,10 +106,7 @@ def readable(size: int) -> str:
 def describe_training(config: RunConfig, steps: Sequence[Step], images: int | None) -> str:
     """Return the part of `mflow plan` on parameters, steps, disk and hours.
 
-    Args:
-        config: what to train.
-        steps: `walk(config)`, on a GPU unless the device is a CPU.
-        images: number of training images. If it is None, the text says how to give the number.
+    `images` is the number of training images. If it is None, the text says how to give the number.
     """
     on_gpu = config.device != "cpu"
     head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]

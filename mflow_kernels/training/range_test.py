@@ -19,6 +19,7 @@ from mflow_kernels.training.checks import Loaded
 from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.loops import resume_loops
 from mflow_kernels.training.module import FlowTraining
+from mflow_kernels.training.schedule import Schedule
 from mflow_kernels.training.train import new_trainer
 
 STEPS = 100  # steps of each stage, unless it diverges earlier
@@ -96,10 +97,10 @@ def _running_means(losses: Sequence[float]) -> list[float]:
     return means
 
 
-class _GrowingRate(FlowTraining):
-    """Training in which the rate of each stage grows exponentially."""
+class _GrowingRate(Schedule):
+    """A schedule in which the rate of each stage grows exponentially."""
 
-    def _learning_rate(self, stage: int, done: int) -> float:
+    def learning_rate(self, stage: int, done: int) -> float:
         return rate_at(done)
 
 
@@ -140,7 +141,7 @@ def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
     """
     stages = [dataclasses.replace(s, epochs=None, max_steps=None) for s in loaded.config.stages]
     config = dataclasses.replace(loaded.config, max_steps=STEPS, stages=stages, loss_spike=1e30)
-    training = _GrowingRate(loaded.model, loaded.splits, config)
+    training = FlowTraining(loaded.model, loaded.splits, config, schedule=_GrowingRate)
     tests = []
     with progress_bar(
         "testing learning rates", training.schedule.total_steps, unit="steps"

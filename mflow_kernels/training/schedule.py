@@ -1,14 +1,17 @@
-"""Which steps train which stage, on which images.
+"""Which steps train which stage, on which images and at which learning rate.
 
 The options may change when a run resumes. A checkpoint therefore records its progress, and the
 schedule is a function of that progress and of the options from then on.
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.progress import Progress
+
+_FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
 
 
 class Schedule:
@@ -28,7 +31,8 @@ class Schedule:
     """
 
     def __init__(self, config: TrainConfig, images: int, start: Progress | None = None) -> None:
-        self._start = start = start or Progress()
+        self._config, self._start = config, (start := start or Progress())
+        self._highest_rates = [stage.learning_rate for stage in config.flows]
         self._images = images
         self._batch = min(config.batch_size, images)
         self._per_pass = per_pass = images // self._batch
@@ -56,6 +60,30 @@ class Schedule:
     def stage_of(self, step: int) -> int:
         """Return the stage that a step trains; the last one for steps after the end."""
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
+
+    def active(self, stage: int) -> list[int]:
+        """Return the stages whose weights change while `stage` is trained."""
+        return list(range(stage + 1)) if self._config.release else [stage]
+
+    def rate_of(self, stage: int) -> Callable[[int], float]:
+        """Return the learning rate of a stage's weights as a function of the step."""
+
+        def rate(step: int) -> float:
+            trained = self.stage_of(step)
+            if step >= self.total_steps or stage not in self.active(trained):
+                return 0.0
+            return self.learning_rate(trained, step - self.begins[trained])
+
+        return rate
+
+    def learning_rate(self, stage: int, done: int) -> float:
+        """Return the learning rate after `done` steps of a stage: a linear warm-up, then a cosine
+        or a constant."""
+        steps, rate = self.steps(stage), 1.0
+        warm_up = max(1, min(self._config.warm_up, steps // 5))
+        if self._config.schedule == "cosine":
+            rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        return self._highest_rates[stage] * min((done + 1) / warm_up, rate)
 
     def progress(self, step: int) -> Progress:
         """Return the progress after `step` steps, counted from the start of the whole run."""

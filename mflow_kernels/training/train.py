@@ -19,8 +19,9 @@ from mflow_kernels.data.printable import printable
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images
 from mflow_kernels.evaluation.samples import draw_projections, draw_samples, samples_by_temperature
+from mflow_kernels.runs.changes import record_changes
 from mflow_kernels.runs.checkpoints import METRICS
-from mflow_kernels.runs.folder import EVALUATION, create_run, record_changes
+from mflow_kernels.runs.folder import EVALUATION, create_run
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.checkpoints import CheckpointFiles, Checkpoints
 from mflow_kernels.training.checks import CheckedRun, Loaded

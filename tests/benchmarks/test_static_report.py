@@ -61,14 +61,12 @@ assert empty == [keys(model) for model in models]
 
 
 @pytest.mark.long
-def test_models_that_compute_make_the_recorded_launches(tmp_path: Path) -> None:
+def test_models_that_compute_make_the_recorded_launches() -> None:
     """The recorder's empty networks and skipped products do not change a launch.
 
     The states that a chain keeps and the dtype of its networks do.
     """
-    script = tmp_path / "recorded.py"
-    script.write_text(RECORDED)
-    done = run_python(str(script))
+    done = run_python("-c", RECORDED)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -17,7 +17,8 @@ from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation.likelihood import held_out_images
-from mflow_kernels.runs.folder import changed_options, load_run, read_config, record_changes
+from mflow_kernels.runs.changes import changed_options, record_changes
+from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training.cli import main
 
 
