@@ -21,11 +21,9 @@ from mflow_kernels.data.dequantization import dequantize, to_image
 
 METHODS = (
     "plain likelihood, prior flow",
-    "plain Jet, prior flow",
     "VAE, prior flow",
     "M-flow",
     "penalized, hierarchy",
-    "penalized Jet, hierarchy",
 )
 SECONDS, SEEDS = 60.0, range(3)
 IMAGES, SHOWN = 200, 12
