@@ -155,11 +155,12 @@ def spline_backward(
         )
         return dx, dparams
     if cpu.serves(x):
-        grads = cpu.spline_backward(dy, dledger[:, 0], x, params, spline.args, identity, inverse)
+        logs = dledger[:, 0]
+        dx, dparams = cpu.spline_backward(dy, logs, x, params, spline.args, identity, inverse)
     else:
         reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
-        grads = gradients_of(reference, (x, params), (dy, dledger[:, :1]))
-    return in_layout_of(x, grads[0]), in_layout_of(params, grads[1])
+        dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))
+    return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
 rational_quadratic_op, spline_eager = register(
