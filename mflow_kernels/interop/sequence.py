@@ -23,10 +23,11 @@ from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
+from mflow_kernels.reversible.couples import AffineCouple, SplineCouple
 from mflow_kernels.reversible.instructions import Instruction, Layer
 from mflow_kernels.reversible.program import Program
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
-from mflow_kernels.reversible.steps import AffineCouple, SplineCouple, Step, Steps
+from mflow_kernels.reversible.steps import Step, Steps
 
 # The most channels whose permutations and fixed matrices run as one matrix with the actnorms around
 # them, inside the launch of a coupling. With more channels they run apart, without dense gradients.

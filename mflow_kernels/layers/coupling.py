@@ -17,8 +17,9 @@ from mflow_kernels.ops.checks import (
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
+from mflow_kernels.reversible.couples import AdditiveCouple, AffineCouple
 from mflow_kernels.reversible.instructions import Instruction, SplitOff
-from mflow_kernels.reversible.steps import AdditiveCouple, AffineCouple, Step, Steps
+from mflow_kernels.reversible.steps import Step, Steps
 
 
 class AffineCoupling(Bijection):

@@ -9,8 +9,9 @@ from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.spline import SplineOptions, make_spline
 from mflow_kernels.ops.spline_coupling import couple_by_splines
+from mflow_kernels.reversible.couples import SplineCouple
 from mflow_kernels.reversible.instructions import Instruction
-from mflow_kernels.reversible.steps import SplineCouple, Step, Steps
+from mflow_kernels.reversible.steps import Step, Steps
 
 
 class SplineCoupling(Bijection):

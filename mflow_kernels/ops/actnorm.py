@@ -182,30 +182,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_backward(
-    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.inverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx: Any, dy: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    return (*run(dy, *ctx.saved_tensors, ctx.inverse), None)
-
-
-actnorm_op, _ = register(
-    "actnorm",
-    _forward,
-    _backward,
-    fake=_fake,
-    fake_backward=_fake_backward,
-    setup=_setup,
-    gradient=_gradient,
-)
+actnorm_op, _ = register("actnorm", _forward, _backward, fake=_fake)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:

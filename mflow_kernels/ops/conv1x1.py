@@ -97,9 +97,16 @@ def conv1x1_forward(
 
 
 def conv1x1_backward(
-    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
+    dy: Tensor,
+    dnet_or_empty: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    precision: str,
+    net_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and partial sums of dW and d bias."""
+    """dx, and partial sums of dW and d bias. Without net_dtype, there is no network input."""
+    dnet = None if net_dtype is None else dnet_or_empty
     if uses_triton(x):
         dx, _, _ = launch_conv1x1(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_weight_gradient(dy, dnet, x, weight, precision)
@@ -120,31 +127,19 @@ def _fake(
     return y, net_input(y, net_dtype)
 
 
+def fake_sums(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty partial sums of dW and d bias."""
+    return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
 def _fake_backward(
-    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
+    dy: Tensor, dnet: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, ctx.precision, ctx.net_dtype = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _gradient(ctx: Any, dy: Tensor, dnet: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    dnet_or_none = None if ctx.net_dtype is None else dnet
-    grads = run(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
-    return (*grads, None, None)
+    return torch.empty_like(x), *fake_sums(weight, bias)
 
 
 conv1x1_op, conv1x1_eager = register(
-    "conv1x1",
-    conv1x1_forward,
-    conv1x1_backward,
-    fake=_fake,
-    fake_backward=_fake_backward,
-    setup=_setup,
-    gradient=_gradient,
+    "conv1x1", conv1x1_forward, conv1x1_backward, fake=_fake, fake_backward=_fake_backward
 )
 
 

@@ -15,6 +15,7 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import operator, register_elementwise
-from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale_ref, scale_of, slope_ref
+from mflow_kernels.ops.registration import gradients_of, operator, register
+from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale_ref, scale_of
 from mflow_kernels.ops.tiles import elementwise_tile, ledger_columns
 
 
@@ -38,40 +39,12 @@ def couple_ref(
     x_b: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """y_b and log |dy_b / dx_b|, elementwise."""
-    x_b, raw, shift, sign = _upcast(x_b, params, inverse)
-    log_s = sign * log_scale_ref(raw, scale)
+    dtype, sign = accumulator(x_b.dtype), -1 if inverse else 1
+    raw, shift = params.to(dtype).chunk(2, dim=1)
+    x_b, log_s = x_b.to(dtype), sign * log_scale_ref(raw, scale)
     if scale.shifts_first == inverse:
         return log_s.exp() * x_b + sign * shift, log_s
     return log_s.exp() * (x_b + sign * shift), log_s
-
-
-def couple_backward_ref(
-    dy_b: Tensor,
-    dlogdet: Tensor,
-    x_b: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    log_s: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dx_b and dparams from the coupling's input. dlogdet is (N,); pass log_s if it is known."""
-    dtype = x_b.dtype
-    x_b, raw, shift, sign = _upcast(x_b, params, inverse)
-    log_s = log_scale_ref(raw, scale) if log_s is None else log_s
-    dx_b = (sign * log_s).exp() * dy_b
-    if scale.shifts_first == inverse:
-        dshift, dlog_s = sign * dy_b, dx_b * x_b
-    else:
-        dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
-    dlog_s = dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1))
-    draw = sign * slope_ref(raw, log_s, scale) * dlog_s
-    return dx_b.to(dtype), torch.cat([draw, dshift], dim=1).to(params.dtype)
-
-
-def _upcast(x_b: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor, int]:
-    dtype = accumulator(x_b.dtype)
-    raw, shift = params.to(dtype).chunk(2, dim=1)
-    return x_b.to(dtype), raw, shift, -1 if inverse else 1
 
 
 def affine_coupling_ref(
@@ -81,16 +54,6 @@ def affine_coupling_ref(
     y_b, log_s = couple_ref(x[:, c_a:], params, scale, inverse)
     y = torch.cat([x[:, :c_a], y_b.to(x.dtype)], dim=1)
     return y, log_s.sum(dim=tuple(range(1, log_s.dim())))[:, None]
-
-
-def coupling_backward_ref(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    c_a = x.shape[1] // 2
-    dx_b, dparams = couple_backward_ref(
-        dy[:, c_a:], dledger[:, 0], x[:, c_a:], params, scale, inverse
-    )
-    return torch.cat([dy[:, :c_a].to(x.dtype), dx_b], dim=1), dparams
 
 
 def _empty(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -165,12 +128,13 @@ def coupling_backward(
     if cpu.serves(x):
         dx, dparams = cpu.couple_backward(dy, dledger[:, 0], x, params, scale, inverse)
         return in_layout_of(x, dx), in_layout_of(params, dparams)
-    dx, dparams = coupling_backward_ref(dy, dledger, x, params, scale, inverse)
+    reference = partial(affine_coupling_ref, scale=scale, inverse=inverse)
+    dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-affine_coupling_op, coupling_eager = register_elementwise(
-    "affine_coupling", coupling_forward, coupling_backward, _empty
+affine_coupling_op, coupling_eager = register(
+    "affine_coupling", coupling_forward, coupling_backward, fake=_empty
 )
 
 

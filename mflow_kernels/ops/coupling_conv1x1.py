@@ -38,6 +38,7 @@ from mflow_kernels.ops.conv1x1 import (
     check_conv1x1,
     conv1x1_backward_ref,
     conv1x1_ref,
+    fake_sums,
     spread,
 )
 from mflow_kernels.ops.coupling import (
@@ -185,12 +186,14 @@ def coupling_conv1x1_forward(
 
 def coupling_conv1x1_backward(
     dy: Tensor,
-    dnet: Tensor | None,
+    dnet_or_empty: Tensor,
     dledger: Tensor,
     x: Tensor,
     params: Tensor,
     weight: Tensor,
+    bias: Tensor,
     precision: str,
+    net_dtype: torch.dtype | None,
     kind: str,
     offset: float,
     eps: float,
@@ -199,6 +202,7 @@ def coupling_conv1x1_backward(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dparams, and partial sums of dW and d bias."""
+    dnet = None if net_dtype is None else dnet_or_empty
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         return launch_coupling_conv1x1_backward(
@@ -206,11 +210,13 @@ def coupling_conv1x1_backward(
         )
     if cpu.serves_conv1x1(x):
         return cpu.coupling_conv1x1_backward(dy, dnet, dledger, x, params, weight, scale, inverse)
-    z, _ = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
+    wide = x.to(accumulator(x.dtype))
+    z, _ = coupling_forward(wide, params, *scale.args, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
-    dx, dparams = coupling_backward(dz, dledger, x, params, *scale.args, inverse)
-    return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
+    dx, dparams = coupling_backward(dz, dledger, wide, params, *scale.args, inverse)
+    dx = in_layout_of(x, dx.to(x.dtype))
+    return dx, in_layout_of(params, dparams), dweight[None], dbias[None]
 
 
 def _fake(
@@ -230,34 +236,15 @@ def _fake(
 
 def _fake_backward(
     dy: Tensor,
-    dnet: Tensor | None,
+    dnet: Tensor,
     dledger: Tensor,
     x: Tensor,
     params: Tensor,
     weight: Tensor,
+    bias: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
-    return torch.empty_like(x), torch.empty_like(params), dweight, dbias
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, params, weight, _, ctx.precision, ctx.net_dtype, *ctx.options = inputs
-    ctx.save_for_backward(x, params, weight)
-
-
-def _gradient(
-    ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor, run: Any
-) -> tuple[Tensor | None, ...]:
-    grads = run(
-        dy,
-        None if ctx.net_dtype is None else dnet,
-        dledger,
-        *ctx.saved_tensors,
-        ctx.precision,
-        *ctx.options,
-    )
-    return (*grads, None, None, *(None for _ in ctx.options))
+    return torch.empty_like(x), torch.empty_like(params), *fake_sums(weight, bias)
 
 
 coupling_conv1x1_op, coupling_conv1x1_eager = register(
@@ -266,8 +253,6 @@ coupling_conv1x1_op, coupling_conv1x1_eager = register(
     coupling_conv1x1_backward,
     fake=_fake,
     fake_backward=_fake_backward,
-    setup=_setup,
-    gradient=_gradient,
 )
 
 

@@ -70,7 +70,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
 def couple_backward(
     dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute `coupling.coupling_backward_ref`, with dlogdet (N,)."""
+    """Compute the gradients of `coupling.affine_coupling_ref`, with dlogdet (N,)."""
     return _coupling_backward(x, None, dy, dlogdet, params, scale, inverse, x.shape[1] // 2)
 
 
@@ -148,7 +148,7 @@ def spline_backward(
     identity: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `rational_quadratic.transform_backward_ref`, with dlogdet (N,)."""
+    """Compute the gradients of `rational_quadratic.transform_ref`, with dlogdet (N,)."""
     x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
     _run("spline_backward", identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse)

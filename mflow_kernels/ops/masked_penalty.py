@@ -46,7 +46,12 @@ from mflow_kernels.ops.cpu import _C
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
+from mflow_kernels.ops.registration import (
+    gradients_of,
+    operator,
+    refuse_second_derivative,
+    register,
+)
 
 
 def _terms(
@@ -80,31 +85,15 @@ def masked_penalty_ref(
     scale: float,
     rho: str,
     delta: float,
+    in_penalty: Tensor | bool = True,
+    in_density: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(penalty, gaussian); w is scale * weight."""
+    """(penalty, gaussian); w is scale * weight. `_split` describes the last two arguments."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    penalized, rest = _split(e, mask, True, True)
+    penalized, rest = _split(e, mask, in_penalty, in_density)
     penalty = m * w * penalty_function(rho).value(penalized, delta)
     gaussian = (1 - m) * (-rest.square() / 2 - HALF_LOG_2PI)
     return penalty.flatten(1).sum(1), gaussian.flatten(1).sum(1)
-
-
-def masked_penalty_backward_ref(
-    grad_penalty: Tensor,
-    grad_gaussian: Tensor,
-    input: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-    rho: str,
-    delta: float,
-) -> Tensor:
-    """d loss / d input, in the accumulator's dtype."""
-    e, m, w = _terms(input, target, mask, weight, scale)
-    g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
-    penalized, rest = _split(e, mask, g != 0, h != 0)
-    return g * m * w * penalty_function(rho).slope(penalized, delta) - h * (1 - m) * rest
 
 
 @cache
@@ -230,8 +219,12 @@ def _backward(
     dinput, dtarget = _empty_gradients(input, target, for_input, for_target)
     native = _native(input.device)
     if native is None:
-        de = masked_penalty_backward_ref(
-            grad_penalty, grad_gaussian, input, target, mask, weight, scale, rho, delta
+        gradients = grad_penalty, grad_gaussian
+        used = [(g != 0).view(-1, *(1,) * (input.dim() - 1)) for g in gradients]
+        (de,) = gradients_of(
+            lambda e: masked_penalty_ref(e, None, mask, weight, scale, rho, delta, *used),
+            [_terms(input, target, mask, weight, scale)[0]],
+            gradients,
         )
         if for_input:
             dinput.copy_(de)

@@ -4,7 +4,7 @@
     l1     |e|                                                       Laplace, scale 1 / w
     huber  e^2 / 2 where |e| <= delta, delta (|e| - delta / 2) beyond
 
-All is plain torch. The kernels have their own copy of values and slopes, in
+All is plain torch. The kernels have their own copy of values, and their slopes, in
 csrc/masked_penalty/masked_penalty.h.
 """
 
@@ -30,7 +30,7 @@ class PenaltyFunction:
     """One rho. The last argument of each function but `draw` is delta.
 
     Attributes:
-        value, slope: rho(e) and rho'(e), elementwise.
+        value: rho(e), elementwise.
         log_normalizer: log Z, the log of the integral of exp(-w rho(e)) over e, elementwise in w.
         fitted_weight: the w > 0 for which errors with a given mean of rho(e) > 0, a scalar, are
             most likely. It solves mean + d log Z / dw = 0.
@@ -38,7 +38,6 @@ class PenaltyFunction:
     """
 
     value: Callable[[Tensor, float], Tensor]
-    slope: Callable[[Tensor, float], Tensor]
     log_normalizer: Callable[[Tensor, float], Tensor]
     fitted_weight: Callable[[Tensor, float], Tensor]
     draw: Callable[[Tensor, float, Generator], Tensor]
@@ -108,21 +107,18 @@ def _draw_huber(w: Tensor, delta: float, generator: Generator) -> Tensor:
 _PENALTY_FUNCTIONS = {
     "l2": PenaltyFunction(
         value=lambda e, delta: e.square() / 2,
-        slope=lambda e, delta: e,
         log_normalizer=lambda w, delta: HALF_LOG_2PI - 0.5 * w.log(),
         fitted_weight=lambda mean, delta: 1 / (2 * mean),
         draw=_draw_l2,
     ),
     "l1": PenaltyFunction(
         value=lambda e, delta: e.abs(),
-        slope=lambda e, delta: e.sign(),
         log_normalizer=lambda w, delta: math.log(2) - w.log(),
         fitted_weight=lambda mean, delta: 1 / mean,
         draw=_draw_l1,
     ),
     "huber": PenaltyFunction(
         value=_huber,
-        slope=lambda e, delta: e.clamp(-delta, delta),
         log_normalizer=_huber_log_normalizer,
         fitted_weight=_huber_fitted_weight,
         draw=_draw_huber,

@@ -37,7 +37,7 @@ from mflow_kernels.ops.layouts import channels_first, dense_pixels, flow_state, 
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rational_quadratic_kernels import spline_bwd_kernel, spline_fwd_kernel
-from mflow_kernels.ops.registration import operator, register_elementwise
+from mflow_kernels.ops.registration import gradients_of, operator, register
 from mflow_kernels.ops.spline import Spline, SplineOptions, make_spline, spline_of, spline_ref
 from mflow_kernels.ops.tiles import ledger_columns
 
@@ -52,31 +52,6 @@ def transform_ref(
     y_b = y_b.to(x.dtype)
     y = torch.cat([x[:, :identity], y_b], dim=1) if identity else y_b
     return y, log_slope.sum(dim=tuple(range(1, log_slope.dim())))[:, None]
-
-
-def transform_backward_ref(
-    dy: Tensor,
-    dledger: Tensor,
-    x: Tensor,
-    params: Tensor,
-    spline: Spline,
-    identity: int,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx and dparams, by autograd of the reference.
-
-    The dispatcher calls the registered operator below autograd, which then records no graph;
-    `torch.func` works there.
-    """
-    reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
-    cotangents = dy, dledger[:, :1]
-    with torch.enable_grad():
-        leaves = x.detach().requires_grad_(), params.detach().requires_grad_()
-        outputs = reference(*leaves)
-    if not outputs[0].requires_grad:
-        return torch.func.vjp(reference, x, params)[1](cotangents)
-    dx, dparams = torch.autograd.grad(outputs, leaves, cotangents)
-    return dx, dparams
 
 
 def _tile(x: Tensor, spline: Spline, identity: int) -> tuple[int, int]:
@@ -180,14 +155,16 @@ def spline_backward(
         )
         return dx, dparams
     if cpu.serves(x):
-        grads = cpu.spline_backward(dy, dledger[:, 0], x, params, spline.args, identity, inverse)
+        logs = dledger[:, 0]
+        dx, dparams = cpu.spline_backward(dy, logs, x, params, spline.args, identity, inverse)
     else:
-        grads = transform_backward_ref(dy, dledger, x, params, spline, identity, inverse)
-    return in_layout_of(x, grads[0]), in_layout_of(params, grads[1])
+        reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
+        dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))
+    return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-rational_quadratic_op, spline_eager = register_elementwise(
-    "rational_quadratic", spline_forward, spline_backward, _empty
+rational_quadratic_op, spline_eager = register(
+    "rational_quadratic", spline_forward, spline_backward, fake=_empty
 )
 
 

@@ -14,6 +14,7 @@ Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.coupling import couple_backward_ref, couple_ref
+from mflow_kernels.ops.coupling import couple_ref
 from mflow_kernels.ops.coupling_kernels import couple, couple_backward, load_params, store_params
 from mflow_kernels.ops.elementwise import launch_elementwise
 from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import channels_first, dense_pixels
+from mflow_kernels.ops.registration import gradients_of
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import columns, elementwise_tile
 
@@ -49,9 +51,10 @@ def rebuild_coupling_ref(
     true_b: Tensor | None = None,
 ) -> RebuiltCoupling:
     y_b, log_s = couple_ref(z_b, params, scale, not inverse)
-    log_s = log_s if inverse else -log_s
-    at_b = y_b if true_b is None else true_b
-    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, at_b, params, scale, inverse, log_s)
+    at_b = y_b if true_b is None else true_b.to(y_b.dtype)
+    dlog_s = dlogdet.view(-1, *(1,) * (log_s.dim() - 1)).expand_as(log_s)
+    reference = partial(couple_ref, scale=scale, inverse=inverse)
+    dy_b, dparams = gradients_of(reference, (at_b, params), (dz_b.to(y_b.dtype), dlog_s))
     return RebuiltCoupling(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
 

@@ -1,8 +1,9 @@
 """Registers operators with torch, and makes eager forms of them that bypass the dispatcher."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,18 +21,23 @@ def register(
     *,
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any] | None = None,
-    setup: Callable[[Any, tuple[Any, ...], Any], None],
-    gradient: Callable[..., tuple[Tensor | None, ...]],
+    setup: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    gradient: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Register mflow::name and, if the gradient has a kernel, mflow::name_backward.
 
     Args:
         forward, backward: the computations without autograd; their annotations become the
-            operators' schemas. Without `backward`, torch's operators compute the gradient.
-        fake, fake_backward: return empty results of the same shapes, dtypes and layouts.
-        setup: called as setup(ctx, inputs, outputs); stores in ctx the values for `gradient`.
+            operators' schemas. `forward` takes tensors, then options. `backward` takes the
+            gradients of its results, then the same arguments, and returns the gradients of the
+            tensors. Without `backward`, torch's operators compute the gradient.
+        fake, fake_backward: return empty results of the same shapes, dtypes and layouts. By
+            default, gradients are like their tensors.
+        setup: called as setup(ctx, inputs, outputs); stores in ctx the values for `gradient`. By
+            default all inputs.
         gradient: called as gradient(ctx, *output_gradients, run=...); returns a gradient for each
-            input. `run` is the backward operator, `backward` itself, or None.
+            input. `run` is the backward operator, `backward` itself, or None. By default it calls
+            `run` as described above.
 
     Returns:
         The registered operator, and its eager form (see `eager_function`).
@@ -40,37 +46,50 @@ def register(
     registered.register_fake(fake)
     COMPUTATIONS[f"mflow::{name}"] = forward
     run = None
-    if backward is not None and fake_backward is not None:
+    if backward is not None:
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
-        run.register_fake(fake_backward)
+        run.register_fake(fake_backward or partial(_like_tensors, _count_results(forward)))
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
+    setup, gradient = setup or _save_inputs, gradient or _run_backward
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
     return registered, eager_function(forward, setup, partial(gradient, run=backward))
 
 
-def register_elementwise(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any], fake: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Register an operator from (x, params, *options) to y and a ledger, as `register` does.
+def _count_results(forward: Callable[..., Any]) -> int:
+    return len(get_args(inspect.signature(forward).return_annotation)) or 1
 
-    Its backward operator takes (dy, dledger, x, params, *options) and returns dx and dparams.
+
+def _like_tensors(results: int, *arguments: Any) -> Any:
+    tensors = (t for t in arguments[results:] if isinstance(t, Tensor))
+    return tuple(map(torch.empty_like, tensors))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.options = inputs[len(tensors) :]
+    ctx.save_for_backward(*tensors)
+
+
+def _run_backward(ctx: Any, *gradients: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    found = run(*gradients, *ctx.saved_tensors, *ctx.options)
+    return (*found, *(None for _ in ctx.options))
+
+
+def gradients_of(
+    reference: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any
+) -> tuple[Tensor, ...]:
+    """The gradients of a reference's tensors, by autograd, from those of its results, a tuple.
+
+    The dispatcher calls a registered operator below autograd, which then records no graph;
+    `torch.func` works there.
     """
-
-    def fake_backward(dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any) -> Any:
-        return torch.empty_like(x), torch.empty_like(params)
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, params, *ctx.options = inputs
-        ctx.save_for_backward(x, params)
-
-    def gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-        grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
-        return (*grads, *(None for _ in ctx.options))
-
-    return register(
-        name, forward, backward, fake=fake, fake_backward=fake_backward, setup=setup,
-        gradient=gradient,
-    )  # fmt: skip
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        results = reference(*leaves)
+    if not results[0].requires_grad:
+        found: tuple[Tensor, ...] = torch.func.vjp(reference, *tensors)[1](cotangents)
+        return found
+    return torch.autograd.grad(results, leaves, cotangents)
 
 
 def eager_function(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -103,28 +103,10 @@ def scale_of(kind: Kind, offset: float, eps: float, clamp: float, order: Order) 
 _DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
 
 
-class Formula(NamedTuple):
-    """The specification of a scale function, in plain torch.
-
-    Attributes:
-        log_s: log s from raw.
-        slope: d log s / d raw from raw and its log s.
-    """
-
-    log_s: Callable[[Tensor, ScaleFunction], Tensor]
-    slope: Callable[[Tensor, Tensor, ScaleFunction], Tensor]
-
-
 def _sigmoid_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
     if scale.eps == 0:
         return F.logsigmoid(raw + scale.offset)
     return (torch.sigmoid(raw + scale.offset) + scale.eps).log()
-
-
-def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
-    sigmoid = torch.sigmoid(raw + scale.offset)
-    slope = torch.sigmoid(-raw - scale.offset)
-    return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
 
 
 def _double_sigmoid_log_s(raw: Tensor, _: ScaleFunction) -> Tensor:
@@ -144,36 +126,21 @@ def _softplus_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
     return log_s.clamp(max=scale.clamp)
 
 
-def _softplus_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
-    return torch.where(log_s < scale.clamp, (F.logsigmoid(raw) - log_s).exp(), 0)
-
-
-# A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
-# its row in csrc/coupling/scale.h.
-FORMULAS: dict[Kind, Formula] = {
-    "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
-    "double-sigmoid": Formula(_double_sigmoid_log_s, lambda raw, log_s, scale: torch.sigmoid(-raw)),
-    "softplus": Formula(_softplus_log_s, _softplus_slope),
-    "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),
-    "tanh": Formula(
-        lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
-        lambda raw, log_s, scale: 1 - (log_s / scale.clamp).square(),
-    ),
-    "atan": Formula(
-        lambda raw, scale: (raw / scale.clamp).atan() * (scale.clamp * ATAN),
-        lambda raw, log_s, scale: ATAN / (1 + (raw / scale.clamp).square()),
-    ),
+# log s from raw, in plain torch. A new scale function: its name in `Kind`, its formula here, its
+# branch in `log_scale` below, and its row in csrc/coupling/scale.h.
+FORMULAS: dict[Kind, Callable[[Tensor, ScaleFunction], Tensor]] = {
+    "sigmoid": _sigmoid_log_s,
+    "double-sigmoid": _double_sigmoid_log_s,
+    "softplus": _softplus_log_s,
+    "exp": lambda raw, scale: raw,
+    "tanh": lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
+    "atan": lambda raw, scale: (raw / scale.clamp).atan() * (scale.clamp * ATAN),
 }
 
 
 def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
     """log s."""
-    return FORMULAS[scale.kind].log_s(raw, scale)
-
-
-def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
-    """d log s / d raw, from raw and its log s."""
-    return FORMULAS[scale.kind].slope(raw, log_s, scale)
+    return FORMULAS[scale.kind](raw, scale)
 
 
 @triton.jit

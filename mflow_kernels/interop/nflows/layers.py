@@ -26,7 +26,7 @@ from mflow_kernels.interop.linear import (
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts
-from mflow_kernels.ops.scale import FORMULAS, ScaleFunction
+from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 # Linear transforms, data -> latent.
@@ -109,7 +109,7 @@ def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | None:
     if clamp > 0:
         scales.append((ScaleFunction("tanh", clamp=clamp, order="scale-shift"), clamp / 2))
     for scale, factor in scales:
-        want = FORMULAS[scale.kind].log_s(factor * _PROBE, scale)
+        want = log_scale_ref(factor * _PROBE, scale)
         if torch.allclose(log_s, want, rtol=1e-13, atol=1e-14):
             return scale, factor
     return None
