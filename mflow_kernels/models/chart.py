@@ -179,9 +179,10 @@ class Chart(nn.Module, Model):
 
         u minimizes -log p(u) + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
-        starts from encode(x), after decode(0) has filled in the missing pixels of x. Each sample is
-        fitted alone. `decode(fit(x, deviation))` removes noise that is far from the manifold, where
-        `project` can be wrong: a flow is trained to project points near its manifold.
+        starts from encode(x), after decode(0) has filled in the missing pixels of x, or from 0
+        where that is more probable. Each sample is fitted alone. `decode(fit(x, deviation))`
+        removes noise that is far from the manifold, where `project` can be wrong: a flow is
+        trained to project points near its manifold.
 
         Args:
             x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
@@ -203,18 +204,22 @@ class Chart(nn.Module, Model):
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
         known = _expanded(x, torch.ones_like(x, dtype=torch.bool) if known is None else known)
+
+        def score(u: Tensor, decoded: Tensor) -> Tensor:
+            error = torch.where(known, x - decoded, 0.0).flatten(1).square().sum(1)
+            return error / (2 * deviation**2) - self.coordinates_log_prob(u)
+
         with torch.no_grad():
-            mode = self.decode(x.new_zeros(len(x), self.manifold_dim), context=context)
+            zero = x.new_zeros(len(x), self.manifold_dim)
+            mode = self.decode(zero, context=context)
             start = self.encode(torch.where(known, x, mode), context=context)
-        u = start.clone().requires_grad_()
+            worse = score(start, self.decode(start, context=context)) > score(zero, mode)
+        u = torch.where(worse[:, None], zero, start).requires_grad_()
         adam = torch.optim.Adam([u], lr=0.1)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for _ in range(steps):
             with torch.enable_grad():
-                error = torch.where(known, x - self.decode(u, context=context), 0.0)
-                loss = (
-                    error.square().sum() / (2 * deviation**2) - self.coordinates_log_prob(u).sum()
-                )
+                loss = score(u, self.decode(u, context=context)).sum()
             (u.grad,) = torch.autograd.grad(loss, u)
             adam.step()
             falling.step()

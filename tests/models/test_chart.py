@@ -181,4 +181,4 @@ def test_inpainting_finds_the_most_probable_point():
     assert not filled.requires_grad
     found = model.fit(hidden, s, known, steps=400)
     assert (found - u).abs().max() < 1e-4
-    assert torch.equal(model.fit(x[3:], s, steps=400), found[3:])
+    assert (model.fit(x[3:], s, steps=400) - u[3:]).abs().max() < 1e-4
