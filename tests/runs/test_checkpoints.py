@@ -58,10 +58,10 @@ def torn(path):
 
 
 def flipped(path):
-    """Flip one bit of the largest tensor."""
+    """Flip one bit of the largest tensor, which torch reads without a word."""
     with zipfile.ZipFile(path) as file:
-        largest = max(file.infolist(), key=lambda record: record.file_size)
-        content = file.read(largest)
+        tensors = [record for record in file.infolist() if "/data/" in record.filename]
+        content = file.read(max(tensors, key=lambda record: record.file_size))
     data = bytearray(path.read_bytes())
     data[data.index(content) + len(content) // 2] ^= 1
     path.write_bytes(data)
