@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import FENCES_COPIES
-from mflow_kernels.ops.compiler import cdiv
+from mflow_kernels.ops.compiler import GLUON, cdiv
 from mflow_kernels.ops.coupling_network_kernels import (
     _dh1_kernel,
     _dh2_kernel,
@@ -29,9 +29,13 @@ from mflow_kernels.ops.coupling_network_tiles import (
     dx_taps,
     forward_tile,
     halo,
+    held_tile,
     partial_sums,
 )
 from mflow_kernels.ops.launch import architecture, launch, on_gpu
+
+if GLUON:
+    from mflow_kernels.ops.coupling_network_hopper import _hopper_network_kernel
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -84,6 +88,28 @@ def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[tuple[int, int]
         BLOCK_R=tile.block_r,
         num_warps=tile.warps,
         num_stages=tile.stages if pipelined else 1,
+    )
+
+
+@cache
+def _held_grid(s: Shape, arch: int) -> tuple[tuple[int, int], Constants] | None:
+    """The grid and constants of the launch that holds h1, if the network has one."""
+    tile = held_tile(s, arch)
+    if tile is None:
+        return None
+    return (cdiv(s.pixels, tile.block_p), 1), dict(
+        flops=sum(s.flops),
+        C_IN=s.c_in,
+        WIDTH=s.width,
+        C_OUT=s.c_out,
+        BLOCK_P=tile.block_p,
+        BLOCK_X=tile.block_x,
+        BLOCK_D=tile.block_d,
+        BLOCK_K=tile.block_k,
+        BLOCK_J=tile.block_j,
+        BLOCK_R=tile.block_r,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
     )
 
 
@@ -152,9 +178,12 @@ def launch_network(
     row_sums = empty_images(x, s.tap_rows * s.c_out)
     h1 = empty_images(x, s.width) if keep else None
     h2 = empty_images(x, s.width) if keep else None
-    grid, constants = _forward_grid(s, architecture(x.device), FENCES_COPIES)
+    arch, kernel = architecture(x.device), _network_kernel
+    if (held := _held_grid(s, arch)) is not None:
+        kernel = _hopper_network_kernel
+    grid, constants = held or _forward_grid(s, arch, FENCES_COPIES)
     launch(
-        _network_kernel,
+        kernel,
         grid,
         x,
         w1,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.compiler import cdiv, next_power_of_2
+from mflow_kernels.ops.compiler import GLUON, cdiv, next_power_of_2
 from mflow_kernels.ops.launch import HOPPER, architecture
 from mflow_kernels.ops.partial_sums import multiprocessors
 
@@ -195,6 +195,38 @@ def forward_tile(s: Shape, arch: int) -> Tile:
     if s.width <= 256:
         return Tile(64, 256, 64, columns, 8, 3)
     return Tile(32 if geforce(arch) else 64, 128, 32, columns, 8, 3)
+
+
+class HeldTile(NamedTuple):
+    """Blocks of the forward launch that holds h1 of its pixels in shared memory: pixels, columns of
+    the taps of W1 and of W3, columns of a copied tile of weights, columns of the taps of W3 that
+    are left over, and hidden channels."""
+
+    block_p: int
+    block_x: int
+    block_j: int
+    block_k: int
+    block_r: int = 16
+    block_d: int = 128
+    warps: int = 8
+    stages: int = 3
+
+
+# By C_out, where C_in is half of it. They take up to 218 KB of shared memory, and 232 registers.
+HELD_TILES = {
+    12: HeldTile(128, 128, 32, 32),
+    24: HeldTile(128, 128, 64, 32),
+    48: HeldTile(64, 256, 128, 64),
+}
+HELD_WIDTHS = (256, 384, 512)  # 128 hidden channels are one block, which computes h1 once anyway
+
+
+def held_tile(s: Shape, arch: int) -> HeldTile | None:
+    """The tile of the launch that holds h1, if the network has one."""
+    if not GLUON or hopper_tiles(s, arch) is None or s.width not in HELD_WIDTHS:
+        return None
+    tile = HELD_TILES[s.c_out]
+    return None if halo(s, tile.block_p) else tile
 
 
 def halo(s: Shape, block_p: int) -> int:
