@@ -9,8 +9,8 @@
 
 The first command trains the default run. The next two measure a training step of every package,
 of Glow and of a spline flow; they are only needed for new figures. The last one draws
-docs/pictures/*.png from all of these, and frontier.png from the tables of docs/manifold_recovery.md
-and docs/manifold_tables.md.
+docs/pictures/*.png from all of these. `python -m benchmarks.manifold --docs` draws frontier.png and
+plateau.png.
 """
 
 import re
@@ -26,7 +26,6 @@ from PIL import Image
 
 from benchmarks.harness.output import command_parser
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
-from benchmarks.manifold.pictures import draw_frontier, frontier_of_tables
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.evaluation.likelihood import held_out_images
 from mflow_kernels.evaluation.pictures import draw_images
@@ -187,7 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_run(run, options.out / "digits.png")
     draw_uses(run, options.out / "uses.png")
     draw_moons(options.out / "moons.png")
-    draw_frontier(options.out / "frontier.png", *frontier_of_tables(DOCS))
 
 
 if __name__ == "__main__":

@@ -67,24 +67,19 @@ if ARCH:
         )
     launch.KERNELS_ON_CPU = True
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+# A machine without a GPU does not list its tests.
+GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(name)
-
-
-@pytest.fixture(params=["cpu", CUDA])
+@pytest.fixture(params=["cpu", *GPUS])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return _device(request.param)
+    return torch.device(request.param)
 
 
-@pytest.fixture(params=[*(["cpu"] if launch.KERNELS_ON_CPU else []), CUDA])
+@pytest.fixture(params=[*(["cpu"] if launch.KERNELS_ON_CPU else []), *GPUS])
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     """A device with Triton kernels: a GPU, or the CPU under TRITON_INTERPRET=1 or MFLOW_PTX."""
-    return _device(request.param)
+    return torch.device(request.param)
 
 
 LONG = ("test_notebooks.py", "test_build.py", "test_gpu_run.py")

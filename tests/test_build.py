@@ -48,6 +48,7 @@ def fake_nvcc(folder: Path, archs: str, compile: str) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_without_cuda(tmp_path: Path) -> None:
     compiler = script(tmp_path / "c++", 'exec c++ "$@" -O0')  # the last option counts
     done = build(tmp_path, CXX=str(compiler), MFLOW_CUDA="0")

@@ -23,7 +23,7 @@ def numbers(pattern, out):
 
 
 def test_each_is_short_and_tested():
-    assert len(list(EXAMPLES.glob("*.py"))) == 6
+    assert len(list(EXAMPLES.glob("*.py"))) == 7
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
         assert len(text.splitlines()) < 60, path.name
@@ -55,6 +55,13 @@ def test_manifold_flow(capsys, monkeypatch):
     losses = numbers("loss # nats", out)
     assert losses == sorted(losses, reverse=True)
     assert numbers("off the manifold by # per pixel", out)[0] < 0.2
+
+
+def test_jet(capsys, monkeypatch):
+    out = printed("jet", capsys, monkeypatch)
+    losses = numbers("step \\d+: # nats", out)
+    assert losses == sorted(losses, reverse=True)
+    assert numbers("rule: #%", out)[0] > 95
 
 
 def test_hierarchy(capsys, monkeypatch):

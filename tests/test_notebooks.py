@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
+nbformat = pytest.importorskip("nbformat", reason="needs the extra test-all")
+nbclient = pytest.importorskip("nbclient", reason="needs the extra test-all")
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +21,7 @@ def executed(path: Path, folder: str) -> Any:
     """Run a notebook in `folder`, and return it with the new outputs."""
     stored = nbformat.read(path, as_version=4)
     notebook = nbformat.from_dict(stored)
-    client = NotebookClient(
+    client = nbclient.NotebookClient(
         notebook,
         kernel_name="python3",
         record_timing=False,

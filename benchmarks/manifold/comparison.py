@@ -4,11 +4,11 @@ Every run is one JSON file in the output folder. A run whose file exists is not 
 comparison that was stopped continues where it was.
 
 1. Cost: the CPU seconds of one step of each method give the number of its steps.
-2. Sweep: each method is trained with settings of one grid, on seed 0 and with a part of the CPU
-   time, and judged on validation data. While the best setting lies at an end of the grid, the grid
-   is extended there.
-3. Comparison: each method is trained with its best setting and all seeds, and measured on test
-   data.
+2. Sweep: each method is trained with settings of one grid, on seed 0 and with the whole CPU time,
+   and judged on validation data. While the best setting lies at an end of the grid, the grid is
+   extended there. Of settings whose scores differ by noise only, the smallest rate is taken.
+3. Comparison: each method is trained with its best setting and all seeds. All runs are measured on
+   test data.
 """
 
 import math
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.manifold import training
-from benchmarks.manifold.methods import RECIPES, Networks, names
+from benchmarks.manifold.methods import RECIPES, Networks
 from benchmarks.manifold.output import Row, Store
 from benchmarks.manifold.training import Method
 
+NOISE = 0.1  # of a score, which is of few validation images; high rates fail on some seeds
 COST_ROUNDS = 3  # rounds of timing; the smallest cost counts, as other processes only add time
 
 
@@ -40,18 +41,17 @@ class Comparison(ABC):
     """A set of data on which methods are compared.
 
     Attributes:
-        name: name of the set, in file names.
+        name: name of the comparison, in file names.
         seconds: CPU seconds of a training.
-        sweep_share: share of these seconds that a training of the sweep gets.
         rates: learning rates of the sweep, a geometric sequence that rises.
         weights: weights of the sweep, of the same kind. The middle one is used while rates are
-            compared, and the other ones are then compared at the best rate.
+            compared, and the other ones are then compared at the best rate. Methods whose recipe
+            has a weight have no others.
         extensions: how often each grid is extended at most.
     """
 
     name: str
     seconds: float
-    sweep_share: float
     rates: tuple[float, ...]
     weights: tuple[float, ...]
     extensions: int
@@ -68,23 +68,32 @@ class Comparison(ABC):
     def validate(self, method: Method) -> dict[str, float | None]:
         """Return figures on validation data, among them "score", the distance of samples."""
 
-    def rank(self, row: Row) -> float | None:
+    def rank(self, method: str, validation: Row) -> float | None:
         """Return the value that the sweep minimizes: the score."""
-        return row["score"]
+        return validation["score"]
 
     @abstractmethod
     def measure(self, method: Method) -> dict[str, Any]:
         """Return the figures of a trained method on test data."""
 
-    def choose(self, store: Store) -> dict[str, Settings]:
-        """Make the runs of the sweep that the store lacks; return the best settings by method."""
-        found = names(self.networks())
+    def choose(
+        self, store: Store, found: Sequence[str], start: Mapping[str, Settings] | None = None
+    ) -> dict[str, Settings]:
+        """Make the runs of the sweep that the store lacks; return the best settings by method.
+
+        Args:
+            found: methods.
+            start: settings by method, of a shorter training. A sweep then has two rates, this one
+                and the next smaller one, and keeps the weight.
+        """
         self._measure_costs(store, found)
         chosen = {}
         for name in found:
-            rows = self._sweep(store, name)
-            best = min(rows, key=self._order, default={})
-            chosen[name] = Settings(best.get("rate", 0.0), best.get("weight", 1.0))
+            row = store.row(
+                f"{self.name}-settings-{name}",
+                lambda name=name: self._sweep(store, name, start and start[name])._asdict(),
+            )
+            chosen[name] = Settings(row["rate"], row["weight"])
         return chosen
 
     def compare(self, store: Store, chosen: Mapping[str, Settings], seeds: Sequence[int]) -> None:
@@ -94,36 +103,32 @@ class Comparison(ABC):
             for name, settings in chosen.items():
                 self.train(store, name, settings, seed)
 
-    def train(
-        self, store: Store, name: str, settings: Settings, seed: int, share: float = 1.0,
-        stage: str = "final",
-    ) -> Row:  # fmt: skip
+    def train(self, store: Store, name: str, settings: Settings, seed: int) -> Row:
         """Return the row of one training, from the store or made now.
 
-        Args:
-            share: CPU time of the training, as a share of `seconds`.
-            stage: part of the comparison that the row belongs to. Trainings of the stage "sweep"
-                are measured on validation data, those of other stages on test data.
+        Trainings with seed 0 are also measured on validation data, because they may be of a sweep.
         """
         steps = [
-            max(2, round(share * self.seconds * phase_share / cost))
+            max(2, round(self.seconds * phase_share / cost))
             for phase_share, cost in self._costs(store, name)
         ]
-        about = {"set": self.name, "stage": stage, "method": name, "seed": seed, "share": share}
+        about = {"set": self.name, "method": name, "seed": seed, "budget": self.seconds}
         about |= settings._asdict() | {"steps": steps}
-        key = f"{self.name}-{stage}-{name}-rate{settings.rate}-weight{settings.weight}-seed{seed}"
-        return store.row(key, lambda: about | self._train(name, settings, seed, steps, stage))
+        key = f"{self.name}-run-{name}-rate{settings.rate}-weight{settings.weight}-seed{seed}"
+        return store.row(key, lambda: about | self._train(name, settings, seed, steps))
 
     def _train(
-        self, name: str, settings: Settings, seed: int, steps: Sequence[int], stage: str
+        self, name: str, settings: Settings, seed: int, steps: Sequence[int]
     ) -> dict[str, Any]:
         method, batches = self._start(name, settings, seed)
         try:
             seconds = training.train(method, batches, steps, settings.rate)
         except FloatingPointError as error:
             return {"failed": str(error)}
-        about = {"seconds": seconds, "parameters": method.parameters()}
-        return about | (self.validate if stage == "sweep" else self.measure)(method)
+        row: dict[str, Any] = {"seconds": seconds, "parameters": method.parameters()}
+        if seed == 0:
+            row["validation"] = self.validate(method)
+        return row | self.measure(method)
 
     def _start(self, name: str, settings: Settings, seed: int) -> tuple[Method, Iterator[Tensor]]:
         """Build a method with new networks, and its data."""
@@ -132,20 +137,35 @@ class Comparison(ABC):
         method = RECIPES[name].build(self.networks(), settings.weight, generator)
         return method, self.batches(seed, torch.Generator().manual_seed(seed + 1))
 
-    def _sweep(self, store: Store, name: str) -> list[Row]:
+    def _sweep(self, store: Store, name: str, start: Settings | None) -> Settings:
         """Search the best rate and then, at this rate, the best weight."""
         if not self._costs(store, name):
-            return []  # nothing to train
+            return Settings(0.0, 1.0)  # nothing to train
 
         def swept(rate: float, weight: float) -> Row:
-            return self.train(store, name, Settings(rate, weight), 0, self.sweep_share, "sweep")
+            return self.train(store, name, Settings(rate, weight), 0)
 
-        middle = self.weights[len(self.weights) // 2]
-        rows = self._search(self.rates, lambda rate: swept(rate, middle))
-        if RECIPES[name].weighted:
-            best = min(rows, key=self._order)["rate"]
-            rows += self._search(self.weights, lambda weight: swept(best, weight))
-        return rows
+        fixed = RECIPES[name].weight
+        if start is None:
+            rates = [float(f"{rate * RECIPES[name].slower:.3g}") for rate in self.rates]
+            weight = fixed or self.weights[len(self.weights) // 2]
+        else:
+            smaller = start.rate * self.rates[0] / self.rates[1]
+            rates, weight = [float(f"{smaller:.3g}"), start.rate], start.weight
+        rows = self._search(rates, lambda rate: swept(rate, weight))
+        if start is None and RECIPES[name].weighted and fixed is None:
+            rate = self._best(rows)["rate"]
+            rows += self._search(self.weights, lambda weight: swept(rate, weight))
+        best = self._best(rows)
+        return Settings(best["rate"], best["weight"])
+
+    def _best(self, rows: Sequence[Row]) -> Row:
+        """Return the best row, or one of a smaller rate whose score is as good within NOISE."""
+        best = min(rows, key=self._order)
+        if RECIPES[best["method"]].by_likelihood:
+            return best
+        near = [row for row in rows if self._order(row) <= (1 + NOISE) * self._order(best)]
+        return min(near, key=lambda row: (row["rate"], self._order(row)))
 
     def _search(self, grid: Sequence[float], result: Callable[[float], Row]) -> list[Row]:
         """Return the results for a grid, extended while the best one is at an end of it."""
@@ -161,7 +181,7 @@ class Comparison(ABC):
         return list(rows.values())
 
     def _order(self, row: Row) -> float:
-        rank = None if "failed" in row else self.rank(row)
+        rank = None if "failed" in row else self.rank(row["method"], row["validation"])
         return math.inf if rank is None or not math.isfinite(rank) else rank
 
     def _measure_costs(self, store: Store, found: Sequence[str]) -> None:
@@ -188,9 +208,25 @@ class Comparison(ABC):
         return f"{self.name}-cost-{name}"
 
 
-def finals(store: Store, name: str) -> list[Row]:
-    """Return the rows of a comparison, as `in_order` does."""
-    return in_order(store.rows(f"{name}-final-"))
+def finals(store: Store, name: str, swept: str | None = None) -> list[Row]:
+    """Return the rows of a comparison with the settings of a sweep, in the order of the methods.
+
+    Args:
+        name: of the comparison.
+        swept: name of the comparison whose sweep chose the settings; by default, `name`.
+    """
+    rows = store.rows(f"{name}-run-")
+    found = {row["method"] for row in rows}
+    keys = {method: f"{swept or name}-settings-{method}" for method in found}
+    chosen = {method: store.read(key) for method, key in keys.items() if store.has(key)}
+    return in_order(
+        [
+            row
+            for row in rows
+            if (best := chosen.get(row["method"]))
+            and (row["rate"], row["weight"]) == (best["rate"], best["weight"])
+        ]
+    )
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
@@ -198,7 +234,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     order = list(RECIPES)
 
     def place(row: Row) -> tuple[int, float, float, int]:
-        return order.index(row["method"]), row["share"], row["weight"], row["seed"]
+        return order.index(row["method"]), row["budget"], row["weight"], row["seed"]
 
     return [
         row

@@ -2,11 +2,12 @@
 
 A method is a model and its training phases. Each phase takes a share of the CPU time that all
 methods have. All methods of a comparison use the same flow, the same prior flow on its coordinates
-and batches of the same size.
+and batches of the same size; the names of those over another flow say which.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.manifold.peers import (
     Autoencoder,
+    VariationalAutoencoder,
     denoising_loss,
     free_form_loss,
     pie_loss,
@@ -24,7 +26,13 @@ from benchmarks.manifold.peers import (
 )
 from benchmarks.manifold.principal_components import PrincipalComponents
 from benchmarks.manifold.training import Loss, Method, Phase
-from mflow_kernels import ErrorBound, HierarchicalFlow, ManifoldFlow, ManifoldObjective
+from mflow_kernels import (
+    ErrorBound,
+    GaussianMixture,
+    HierarchicalFlow,
+    ManifoldFlow,
+    ManifoldObjective,
+)
 from mflow_kernels.layers import Bijection
 
 
@@ -39,9 +47,12 @@ class Networks:
         flow, wide_flow: build an invertible flow on x, and one with as many parameters as `flow`
             and `prior` together.
         prior: builds a flow on the coordinates.
+        components: number of Gaussians in the mixture at the end of the prior flow.
+        jet, tarflow: build transformer flows on x.
         autoencoder: builds an encoder and a decoder with about as many parameters as `flow` or, if
             given True, as `flow` and `prior` together.
-        training_data: draws data (M, *input_shape) to fit principal components.
+        variational: builds an encoder and a decoder as `VariationalAutoencoder` takes them.
+        training_data: draws data (M, *input_shape) to fit principal components and mixtures.
         deviation: standard deviation of v in PIE and in denoising flows.
         less_noise: another, smaller standard deviation of v in denoising flows.
         volume: keyword arguments of `rectangular_loss` for the volume.
@@ -53,6 +64,10 @@ class Networks:
     prior: Callable[[], Bijection]
     autoencoder: Callable[[bool], tuple[nn.Module, nn.Module]]
     deviation: float
+    components: int = 1
+    jet: Callable[[], Bijection] | None = None
+    tarflow: Callable[[], Bijection] | None = None
+    variational: Callable[[], tuple[nn.Module, nn.Module]] | None = None
     less_noise: float | None = None
     wide_flow: Callable[[], Bijection] | None = None
     training_data: Callable[[], Tensor] | None = None
@@ -60,7 +75,8 @@ class Networks:
 
 
 NORMAL = ManifoldObjective("latent", weight=1.0)  # v is standard normal, like u
-CHART_SHARE = 0.85  # CPU time of the first flow of a hierarchy; the prior has the rest
+WEIGHT = 400.0  # of the penalty
+CHART_SHARE = 0.85  # CPU time of a chart that is trained before its prior, which has the rest
 FALL, FALL_SHARE = 10.0, 0.6  # a falling weight starts at FALL times its last value
 
 
@@ -68,33 +84,39 @@ def one_stage(flow: Bijection, dim: int, objective: ManifoldObjective) -> Method
     """Train one manifold flow with an objective."""
     model = HierarchicalFlow([ManifoldFlow(flow, dim, objective=objective)])
     phases = [_first_phase(model, 1.0, _objective(model))]
-    return Method(model, phases, _deviation(objective), ambient=objective is NORMAL)
+    return Method(model, phases, density=True, ambient=objective is NORMAL)
 
 
-def hierarchy(networks: Networks, objective: ManifoldObjective) -> Method:
+def hierarchy(
+    networks: Networks, objective: ManifoldObjective, flow: Bijection | None = None
+) -> Method:
     """Train a manifold flow with an objective, then a prior flow on its u."""
-    model = _two_stages(networks, objective)
+    model = _two_stages(networks, objective, flow)
     first = _first_phase(model, CHART_SHARE, _objective(model))
-    phases = [first, _prior_phase(model, 1 - CHART_SHARE)]
-    return Method(model, phases, _deviation(objective), ambient=objective is NORMAL)
+    phases = [first, _prior_phase(model, networks)]
+    return Method(model, phases, density=True, ambient=objective is NORMAL)
 
 
 def pie(networks: Networks, weight: float, generator: torch.Generator) -> Method:
     model = _two_stages(networks, _gaussian(networks.deviation))
-    return _joint(model, lambda x, _: pie_loss(model, x), networks.deviation)
+    return _joint(model, networks, lambda x, _: pie_loss(model, x), density=True)
 
 
 def two_phases(networks: Networks, weight: float, generator: torch.Generator) -> Method:
     model = _two_stages(networks, ManifoldObjective())
-    chart = _first_phase(model, 0.6, lambda x, _: reconstruction_loss(model, x))
-    return Method(model, [chart, _prior_phase(model, 0.4)], None)
+    chart = _first_phase(model, CHART_SHARE, lambda x, _: reconstruction_loss(model, x))
+    return Method(model, [chart, _prior_phase(model, networks)], density=False)
 
 
 def denoising(
     networks: Networks, weight: float, generator: torch.Generator, deviation: float
 ) -> Method:
     model = _two_stages(networks, _gaussian(deviation))
-    return _joint(model, lambda x, _: denoising_loss(model, x, weight, generator), deviation)
+
+    def loss(x: Tensor, progress: float) -> Tensor:
+        return denoising_loss(model, x, weight, generator)
+
+    return _joint(model, networks, loss, density=True)
 
 
 def rectangular(networks: Networks, weight: float, generator: torch.Generator) -> Method:
@@ -106,30 +128,45 @@ def rectangular(networks: Networks, weight: float, generator: torch.Generator) -
             model, x, weight, likelihood=likelihood, generator=generator, **networks.volume
         )
 
-    return _joint(model, loss, None)
+    return _joint(model, networks, loss, density=False)
 
 
 def free_form(networks: Networks, weight: float, generator: torch.Generator) -> Method:
     model = Autoencoder(*networks.autoencoder(True), networks.input_shape, networks.dim)
-    return _joint(model, lambda x, _: free_form_loss(model, x, weight, generator=generator), None)
+
+    def loss(x: Tensor, progress: float) -> Tensor:
+        return free_form_loss(model, x, weight, generator=generator)
+
+    return _joint(model, networks, loss, density=False)
 
 
 def autoencoder(networks: Networks, weight: float, generator: torch.Generator) -> Method:
-    prior = ManifoldFlow(networks.prior(), networks.dim)
-    model = Autoencoder(*networks.autoencoder(False), networks.input_shape, networks.dim, prior)
-    networks_of_x = nn.ModuleList([model.encoder, model.decoder])
-    chart = Phase(0.6, networks_of_x, lambda x: None, lambda x, _: reconstruction_loss(model, x))
-    return Method(model, [chart, _prior_phase(model, 0.4)], None)
+    built = networks.autoencoder(False)
+    model = Autoencoder(*built, networks.input_shape, networks.dim, _prior(networks))
+    chart = _chart_phase(model, lambda x, _: reconstruction_loss(model, x))
+    return Method(model, [chart, _prior_phase(model, networks)], density=False)
+
+
+def variational(networks: Networks, weight: float, generator: torch.Generator) -> Method:
+    assert networks.variational is not None
+    built = networks.variational()
+    model = VariationalAutoencoder(*built, networks.input_shape, networks.dim, _prior(networks))
+
+    def loss(x: Tensor, progress: float) -> Tensor:
+        return model.loss(x, generator, likelihood=warm_up(progress, 0.0, 0.5))
+
+    chart = _chart_phase(model, loss)
+    prior = _prior_phase(model, networks, code=lambda x: model.draw(x, generator)[0])
+    return Method(model, [chart, prior], density=True)
 
 
 def components(networks: Networks, weight: float, generator: torch.Generator) -> Method:
-    return Method(HierarchicalFlow([_components(networks)]), [], 1.0)
+    return Method(HierarchicalFlow([_components(networks)]), [], density=True)
 
 
 def components_with_prior(networks: Networks, weight: float, generator: torch.Generator) -> Method:
-    prior = ManifoldFlow(networks.prior(), networks.dim)
-    model = HierarchicalFlow([_components(networks), prior])
-    return Method(model, [_prior_phase(model, 1.0)], 1.0)
+    model = HierarchicalFlow([_components(networks), _prior(networks)])
+    return Method(model, [_prior_phase(model, networks, 1.0)], density=True)
 
 
 def falling(networks: Networks, weight: float, generator: torch.Generator) -> Method:
@@ -146,8 +183,8 @@ def falling(networks: Networks, weight: float, generator: torch.Generator) -> Me
         terms = model.terms(x, stage=0)
         return w * terms.penalty - terms.log_likelihood
 
-    phases = [_first_phase(model, CHART_SHARE, loss), _prior_phase(model, 1 - CHART_SHARE)]
-    return Method(model, phases, 1.0)
+    phases = [_first_phase(model, CHART_SHARE, loss), _prior_phase(model, networks)]
+    return Method(model, phases, density=True)
 
 
 @dataclass(frozen=True)
@@ -163,6 +200,10 @@ class Recipe:
         weighted: whether it has a weight to choose.
         by_likelihood: whether it maximizes only the likelihood in the space of x.
         needs: field of `Networks` without which a comparison leaves the method out.
+        weight: a weight that is not swept. The penalty's is a choice between likelihood and error,
+            and all its methods have that of `mflow train`; other weights are runs of the frontier.
+        slower: factor of the sweep's first learning rates. Transformers and networks that need a
+            smaller rate start lower, so that the sweep finds theirs in as few trainings.
     """
 
     build: Callable[[Networks, float, torch.Generator], Method]
@@ -172,6 +213,8 @@ class Recipe:
     weighted: bool = False
     by_likelihood: bool = False
     needs: str = ""
+    weight: float | None = None
+    slower: float = 1.0
 
 
 RECIPES = {
@@ -193,6 +236,21 @@ RECIPES = {
     "plain likelihood, prior flow": Recipe(
         lambda networks, *_: hierarchy(networks, NORMAL),
         "tab:cyan", "D", "plain, prior", by_likelihood=True),
+    # arXiv 2412.15129, couplings with vision transformers, alone and followed by a prior flow on u.
+    "plain Jet": Recipe(
+        lambda networks, *_: one_stage(networks.jet(), networks.dim, NORMAL),
+        "tab:blue", "v", by_likelihood=True, needs="jet", slower=0.4),
+    "plain Jet, prior flow": Recipe(
+        lambda networks, *_: hierarchy(networks, NORMAL, networks.jet()),
+        "tab:cyan", "v", by_likelihood=True, needs="jet", slower=0.4),
+    # arXiv 2412.06329, an autoregressive flow of causal transformers.
+    "plain TarFlow": Recipe(
+        lambda networks, *_: one_stage(networks.tarflow(), networks.dim, NORMAL),
+        "navy", "s", by_likelihood=True, needs="tarflow", slower=0.4),
+    # arXiv 1312.6114, with a learned deviation of each pixel, then a prior flow on the code. Its
+    # bits are a bound by importance weighting (arXiv 1509.00519).
+    "VAE, prior flow": Recipe(
+        variational, "0.2", "v", "VAE, prior", needs="variational"),
     # arXiv 2111.00619, with a prior flow on u that is trained with the first flow.
     "PIE": Recipe(pie, "tab:olive", "v"),
     # arXiv 2003.13913: the manifold by reconstruction, then the prior by likelihood.
@@ -212,21 +270,25 @@ RECIPES = {
     # The penalized likelihood (arXiv 2206.03293), alone and followed by a prior flow on u.
     "penalized": Recipe(
         lambda networks, weight, _: one_stage(networks.flow(), networks.dim, _penalty(weight)),
-        "salmon", "X", weighted=True),
+        "salmon", "X", weighted=True, weight=WEIGHT),
     "penalized, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight)),
-        "tab:red", "*", "pen., hierarchy", weighted=True),
+        "tab:red", "*", "pen., hierarchy", weighted=True, weight=WEIGHT),
+    "penalized Jet, hierarchy": Recipe(
+        lambda networks, weight, _: hierarchy(networks, _penalty(weight), networks.jet()),
+        "crimson", "v", "pen. Jet, hierarchy",
+        weighted=True, needs="jet", weight=WEIGHT, slower=0.4),
     # w = 1 / variance of the errors.
     "calibrated weight, hierarchy": Recipe(
         lambda networks, *_: hierarchy(networks, _penalty("variance")),
         "lightcoral", "h", "calibrated, hierarchy"),
     "falling weight, hierarchy": Recipe(
-        falling, "tomato", "d", "falling, hierarchy", weighted=True),
+        falling, "tomato", "d", "falling, hierarchy", weighted=True, weight=WEIGHT),
     # The mean squared error is at most 1 / weight. Training finds the weight of the penalty that
     # keeps this bound; it starts at the given one.
     "error bound, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(ErrorBound(1 / weight))),
-        "darkred", "p", "bound, hierarchy", weighted=True),
+        "darkred", "p", "bound, hierarchy", weighted=True, weight=WEIGHT),
 }  # fmt: skip
 
 
@@ -250,17 +312,18 @@ def _penalty(weight: float | Literal["variance"] | ErrorBound) -> ManifoldObject
     return ManifoldObjective("data", "l2", weight=weight)
 
 
-def _two_stages(networks: Networks, objective: ManifoldObjective) -> HierarchicalFlow:
-    first = ManifoldFlow(networks.flow(), networks.dim, objective=objective)
-    return HierarchicalFlow([first, ManifoldFlow(networks.prior(), networks.dim)])
+def _prior(networks: Networks) -> ManifoldFlow:
+    mixture = None
+    if networks.components > 1:
+        mixture = GaussianMixture(networks.dim, networks.components)
+    return ManifoldFlow(networks.prior(), networks.dim, prior=mixture)
 
 
-def _deviation(objective: ManifoldObjective) -> float:
-    """Return the standard deviation of v; if rho is not l2, of the Gaussian with the same w."""
-    if objective.domain == "data":
-        return objective.sigma
-    assert isinstance(objective.weight, float)
-    return objective.weight**-0.5
+def _two_stages(
+    networks: Networks, objective: ManifoldObjective, flow: Bijection | None = None
+) -> HierarchicalFlow:
+    first = ManifoldFlow(flow or networks.flow(), networks.dim, objective=objective)
+    return HierarchicalFlow([first, _prior(networks)])
 
 
 def _objective(model: HierarchicalFlow) -> Loss:
@@ -271,25 +334,47 @@ def _first_phase(model: HierarchicalFlow, share: float, loss: Loss) -> Phase:
     return Phase(share, model.stages[0], lambda x: model.initialize(x, stage=0), loss)
 
 
-def _prior_phase(model: HierarchicalFlow | Autoencoder, share: float) -> Phase:
+def _prior_phase(
+    model: HierarchicalFlow | Autoencoder,
+    networks: Networks,
+    share: float = 1 - CHART_SHARE,
+    code: Callable[[Tensor], Tensor] | None = None,
+) -> Phase:
+    """Train the prior alone, on codes of x (by default, `model.encode(x, stages=1)`)."""
+    encode = torch.no_grad()(code or partial(model.encode, stages=1))
     prior = model.prior_flow if isinstance(model, Autoencoder) else model.stages[1]
     assert isinstance(prior, ManifoldFlow)
+    initialize = _initialize_prior(prior, networks, encode)
+    return Phase(share, prior, initialize, lambda x, progress: prior_loss(model, encode(x)))
+
+
+def _initialize_prior(
+    prior: ManifoldFlow, networks: Networks, encode: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], None]:
+    """Return a function of a first batch. A mixture is fitted to all training data instead."""
 
     @torch.no_grad()
     def initialize(x: Tensor) -> None:
-        prior.initialize(model.encode(x, stages=1))
+        prior.initialize(encode(networks.training_data() if networks.training_data else x))
 
-    return Phase(share, prior, initialize, lambda x, progress: prior_loss(model, x))
+    return initialize
+
+
+def _chart_phase(model: Autoencoder, loss: Loss) -> Phase:
+    """Train encoder and decoder alone."""
+    return Phase(CHART_SHARE, nn.ModuleList([model.encoder, model.decoder]), lambda x: None, loss)
 
 
 def _joint(
-    model: HierarchicalFlow | Autoencoder, loss: Loss, off_deviation: float | None
+    model: HierarchicalFlow | Autoencoder, networks: Networks, loss: Loss, density: bool
 ) -> Method:
     """Train all parts at once."""
 
     def initialize(x: Tensor) -> None:
         if isinstance(model, HierarchicalFlow):
-            for stage in range(len(model.stages)):
-                model.initialize(x, stage=stage)
+            prior = model.stages[1]
+            assert isinstance(prior, ManifoldFlow)
+            model.initialize(x, stage=0)
+            _initialize_prior(prior, networks, partial(model.encode, stages=1))(x)
 
-    return Method(model, [Phase(1.0, model, initialize, loss)], off_deviation)
+    return Method(model, [Phase(1.0, model, initialize, loss)], density)

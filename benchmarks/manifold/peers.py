@@ -12,6 +12,7 @@ M-flow, two phases        Brehmer, Cranmer, arXiv 2003.13913  reconstruction_los
 denoising flow            Horvat, Pfister, NeurIPS 2021       denoising_loss
 rectangular flow          Caterini et al., arXiv 2106.01413   rectangular_loss
 free-form injective flow  Sorrenson et al., arXiv 2306.01843  free_form_loss
+VAE                       Kingma, Welling, arXiv 1312.6114    VariationalAutoencoder.loss
 
 Each loss is (N,), one number per sample, in nats up to a constant. The reconstruction error of a
 sample is |x - g(f(x))|^2, with f the encoder and g the decoder. A loss with a `weight` contains it
@@ -23,11 +24,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from mflow_kernels.layers.flow import Context, given
 from mflow_kernels.models.chart import Chart, normal_score
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.penalty_weight import check_positive
 from mflow_kernels.models.volume import Method, log_volume, push_forward
 from mflow_kernels.ops.checks import check_count
@@ -71,11 +74,16 @@ class Autoencoder(Chart):
         self.encoder, self.decoder, self.prior_flow = encoder, decoder, prior
         self.input_shape, self.manifold_dim = input_shape, manifold_dim
 
+    @property
+    def prior(self) -> GaussianMixture | None:  # type: ignore[override]
+        """The density of u at the end of the prior flow; see `Chart`."""
+        return None if self.prior_flow is None else self.prior_flow.prior
+
     def encode(
         self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
-        code = self.encoder(x, *given(context, x, self.encoder))
+        code = self._code(x, context)
         prior = None if stages == 1 else self.prior_flow
         return code if prior is None else prior.encode(code, context=context)
 
@@ -85,7 +93,108 @@ class Autoencoder(Chart):
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
         prior = None if stages == 1 else self.prior_flow
         code = u if prior is None else prior.decode(u, context=context)
+        return self._point(code, context)
+
+    def _code(self, x: Tensor, context: Context | None) -> Tensor:
+        """Return the code (N, d) of x, before the prior."""
+        return self.encoder(x, *given(context, x, self.encoder))
+
+    def _point(self, code: Tensor, context: Context | None) -> Tensor:
+        """Return the x of a code (N, d)."""
         return self.decoder(code, *given(context, code, self.decoder))
+
+
+class VariationalAutoencoder(Autoencoder):
+    """An autoencoder with q(code | x) and p(x | code), Gaussians with a deviation for each number.
+
+    Args:
+        encoder: maps x (N, *input_shape) to the means and log-deviations of the code, (N, 2 d).
+        decoder: maps a code (N, d) to means and log-deviations, stacked along the channels of x.
+        samples: codes drawn for each x by `log_prob`.
+        input_shape, manifold_dim, prior: as for `Autoencoder`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        input_shape: tuple[int, ...],
+        manifold_dim: int,
+        prior: ManifoldFlow | None = None,
+        samples: int = 64,
+    ) -> None:
+        super().__init__(encoder, decoder, input_shape, manifold_dim, prior)
+        check_count("samples", samples, 1)
+        self.samples = samples
+
+    def _code(self, x: Tensor, context: Context | None) -> Tensor:
+        """Return the mean of q(code | x)."""
+        return _normal(self.encoder(x)).mean
+
+    def _point(self, code: Tensor, context: Context | None) -> Tensor:
+        """Return the mean of p(x | code)."""
+        return _normal(self.decoder(code)).mean
+
+    def lift(
+        self,
+        u: Tensor,
+        *,
+        context: Context | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw x from p(x | code), with its deviation scaled; return x and log p(x | code) (N,)."""
+        given = _normal(self.decoder(u if self.prior_flow is None else self.prior_flow.decode(u)))
+        noise = torch.randn(given.mean.shape, generator=generator)
+        x = given.mean + temperature * given.stddev * noise
+        return x, given.log_prob(x).flatten(1).sum(1)
+
+    def loss(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        likelihood: float = 1.0,
+        weight: float = 400.0,
+    ) -> Tensor:
+        """Return minus the evidence lower bound (N,) with N(0, I) as the density of the code.
+
+        The loss is likelihood times that, plus (1 - likelihood) weight / 2 |x - mean|^2. Without a
+        start of this kind, the deviations of dark pixels shrink before the means are learnt, and
+        training stays at a large error.
+        """
+        code, log_q = self.draw(x, generator)
+        given = _normal(self.decoder(code))
+        bound = given.log_prob(x).flatten(1).sum(1) - log_q - normal_score(code)
+        error = _squared_error(x, given.mean)
+        return (1 - likelihood) * weight / 2 * error - likelihood * bound
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
+        """Return a lower bound of log p(x) (N,), by importance weighting.
+
+        It is log 1/K sum_k p(x | c_k) p(c_k) / q(c_k | x) for K = `samples` codes c_k from
+        q(code | x) (Burda et al., arXiv 1509.00519). They are the same in every call.
+        """
+        generator = torch.Generator().manual_seed(0)
+        logs = []
+        for _ in range(self.samples):
+            code, log_q = self.draw(x, generator)
+            likelihood = _normal(self.decoder(code)).log_prob(x).flatten(1).sum(1)
+            logs.append(likelihood + _log_prior(self, code) - log_q)
+        return torch.stack(logs).logsumexp(0) - math.log(self.samples)
+
+    def draw(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Draw codes from q(code | x), and return them with log q (N,)."""
+        given = _normal(self.encoder(x))
+        code = given.mean + given.stddev * torch.randn(given.mean.shape, generator=generator)
+        return code, given.log_prob(code).sum(1)
+
+
+def _normal(numbers: Tensor) -> Normal:
+    """Return the Gaussian of means and log-deviations, without overflow."""
+    mean, log_deviation = numbers.chunk(2, 1)
+    return Normal(mean, log_deviation.clamp(-8.0, 4.0).exp(), validate_args=False)
 
 
 Model = HierarchicalFlow | Autoencoder
@@ -96,13 +205,11 @@ def reconstruction_loss(model: Model, x: Tensor) -> Tensor:
     return _squared_error(x, model.decode(model.encode(x, stages=1), stages=1))
 
 
-def prior_loss(model: Model, x: Tensor) -> Tensor:
-    """Return -log p(code) (N,), the second phase of M-flow. Only the prior gets a gradient.
+def prior_loss(model: Model, code: Tensor) -> Tensor:
+    """Return -log p(code) (N,), the second phase of M-flow.
 
     The volume of the chart is left out: it does not depend on the prior.
     """
-    with torch.no_grad():
-        code = model.encode(x, stages=1)
     return -_log_prior(model, code)
 
 
@@ -243,8 +350,8 @@ def free_form_loss(
 def warm_up(progress: float, start: float, end: float) -> float:
     """Return 0 up to `start`, 1 from `end` on, and a straight line between.
 
-    Rectangular flows multiply their likelihood by this factor. `progress` is the fraction of
-    training that is done.
+    Rectangular flows and VAEs multiply their likelihood by this factor. `progress` is the fraction
+    of training that is done.
     """
     return min(1.0, max(0.0, (progress - start) / (end - start)))
 

@@ -1,6 +1,5 @@
 """Pictures of the image comparisons: samples, the frontier, and the curves of training."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
 
+COLUMNS = 8  # images of each method
 LABELS = {
     "bits": "bits per dimension",
     "squared_error": "reconstruction error (MSE)",
@@ -25,13 +25,14 @@ LABELS = {
 
 def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> None:
     """Draw samples of every method's first seed."""
-    shown = {"test images": test[:12]}
+    shown = {"test images": test[:COLUMNS]}
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
             kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
             label = RECIPES[row["method"]].short or row["method"]
-            shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
-    draw_images(path, f"{name}: samples at T = 0.7", shown)
+            images = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+            shown[label] = images[:COLUMNS]
+    draw_images(path, f"{name}: samples", shown)
 
 
 def draw_frontier(
@@ -41,43 +42,17 @@ def draw_frontier(
 
     Args:
         rows: runs of each set of images, with a point for each and a marker for their mean.
-        others: runs with other weights; a line joins them with the first seed of their method.
+        others: runs of one rate with several weights; a line joins the means of each weight.
     """
     sets = [name for name, found in rows.items() if found]
     figure = Figure(figsize=(9, 3.4 * len(sets) + 1), layout="constrained")
     for line, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
-            _lines(axis, rows[name], others[name], metric)
+            _lines(axis, others.get(name, []), metric)
             axis.set(title=f"{name} (lower left is better)", xlabel=LABELS["squared_error"])
             _scales(axis, metric)
     _save_with_legend(path, figure, axis)
-
-
-def frontier_of_tables(docs: Path) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Return `rows` and `others` of `draw_frontier` from the tables of two pages.
-
-    The rows are the means over the seeds, so the picture has no point for each seed.
-    """
-    main = (docs / "manifold_recovery.md").read_text()
-    more = (docs / "manifold_tables.md").read_text()
-    rows = {name: _table(main, f"<!-- begin {name} -->", 1) for name in ("digits", "patches")}
-    return rows, {"digits": _table(more, "Other weights on seed 0:", 2), "patches": []}
-
-
-def _table(text: str, start: str, names: int) -> list[Row]:
-    """Return the rows of the first table after `start`, with `names` columns before its figures."""
-    table = re.search(r"(?:^\|.*\n)+", text[text.index(start) :], re.MULTILINE)
-    assert table is not None
-    rows = []
-    for line in table[0].splitlines()[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        figures = [None if c == "-" else float(c.split("±")[0]) for c in cells[names:]]
-        bits, error, _, _, on, _, off = figures
-        row = {"method": cells[0], "seed": None, "bits": bits, "squared_error": error}
-        row |= {"frechet_on_1.0": on, "frechet_off_1.0": off}
-        rows.append(row | ({"weight": float(cells[1])} if names == 2 else {}))
-    return rows
 
 
 def _scales(axis: Axes, metric: str) -> None:
@@ -117,11 +92,14 @@ def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
         )  # fmt: skip
 
 
-def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) -> None:
+def _lines(axis: Axes, others: Sequence[Row], metric: str) -> None:
     for method in dict.fromkeys(row["method"] for row in others):
-        first = [row for row in rows if row["seed"] == 0]
-        found = sorted(_made([*first, *others], method), key=lambda row: row["weight"])
-        xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
+        found = _made(others, method)
+        xs, ys = [], []
+        for weight in sorted({row["weight"] for row in found}):
+            seeds = [row for row in found if row["weight"] == weight]
+            xs.append(statistics.fmean(row["squared_error"] for row in seeds))
+            ys.append(statistics.fmean(_value(row, metric) for row in seeds))
         axis.plot(xs, ys, "-", color=RECIPES[method].colour, lw=1, alpha=0.7, marker=".", ms=4)
 
 
@@ -134,7 +112,7 @@ def _value(row: Row, metric: str) -> float | None:
     """Return a figure; the Frechet distance is that of the better kind of samples at T = 1."""
     if metric != "frechet":
         return row[metric]
-    return min(row[key] for key in ("frechet_on_1.0", "frechet_off_1.0") if row[key] is not None)
+    return min(row[key] for key in ("frechet_on", "frechet_off") if row[key] is not None)
 
 
 def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
@@ -142,13 +120,18 @@ def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axis, metric in zip(figure.subplots(1, 3), LABELS, strict=True):
         for method, recipe in RECIPES.items():
-            found = sorted(_made(rows, method), key=lambda row: row["share"])
-            values = [_value(row, metric) for row in found]
-            if not found or None in values:
+            found = _made(rows, method)
+            if not found or None in [_value(row, metric) for row in found]:
                 continue
-            times = [row["seconds"] for row in found]
-            style = {"color": recipe.colour, "label": method, "lw": 1.2, "ms": 5}
-            axis.plot(times, values, recipe.marker + "-", **style)
+            times = sorted({row["budget"] for row in found})
+            if len(times) < 2:
+                continue
+            seeds = [[_value(r, metric) for r in found if r["budget"] == t] for t in times]
+            means = [statistics.fmean(values) for values in seeds]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in seeds]
+            style = {"color": recipe.colour, "label": method, "lw": 1.2, "ms": 5, "capsize": 2}
+            axis.errorbar(times, means, spread, fmt=recipe.marker + "-", **style)
         axis.set_xlabel("CPU seconds")
         _scales(axis, metric)
+        axis.set_xticks(sorted({row["budget"] for row in rows}))
     _save_with_legend(path, figure, axis)

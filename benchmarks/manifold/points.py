@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.manifold import tables
 from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals
-from benchmarks.manifold.methods import Networks
+from benchmarks.manifold.methods import Networks, names
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
@@ -116,7 +116,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def _samples(method: Method, n: int, seed: int) -> Tensor:
     """Draw the method's own samples: with v only if it fills the space."""
     generator = torch.Generator().manual_seed(seed)
-    return method.sample(n, 1.0, generator, off=method.ambient).double()
+    drawn = method.model.sample(n, generator=generator, off_manifold=method.ambient)
+    return drawn.double()
 
 
 def divergence(target: Target, samples: Tensor) -> float:
@@ -172,10 +173,10 @@ def run(store: Store, quick: bool) -> None:
 
     def comparison(target: str) -> PointComparison:
         return PointComparison(
-            f"points-{target}", seconds, 0.5, rates, weights, extensions, target=target
+            f"points-{target}", seconds, rates, weights, extensions, target=target
         )
 
-    chosen = comparison(SWEPT).choose(store)
+    chosen = comparison(SWEPT).choose(store, names(comparison(SWEPT).networks()))
     for seed in range(1 if quick else 5):
         for target in (SWEPT,) if quick else TARGETS:
             comparison(target).compare(store, chosen, [seed])
@@ -183,7 +184,7 @@ def run(store: Store, quick: bool) -> None:
 
 def report(store: Store) -> dict[str, str]:
     """Draw the pictures of the runs, and return their tables by name."""
-    found = {target: finals(store, f"points-{target}") for target in TARGETS}
+    found = {target: finals(store, f"points-{target}", f"points-{SWEPT}") for target in TARGETS}
     targets = [target for target, rows in found.items() if rows]
     rows = [
         row | {"target": target, "density_median": _median_error(row)}
@@ -202,7 +203,7 @@ def report(store: Store) -> dict[str, str]:
     details = [
         *(_differences(rows, target) for target in targets),
         f"The sweep, on seed 0 of the {SWEPT}:\n",
-        tables.sweep(store.rows(f"points-{SWEPT}-sweep-"), "energy distance", by_bits=False),
+        tables.sweep(store.rows(f"points-{SWEPT}-run-"), "energy distance", by_bits=False),
     ]
     return {"points": "\n".join(main), "points-details": "\n".join(details)}
 

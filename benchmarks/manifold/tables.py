@@ -17,14 +17,18 @@ def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
     """Return one line per method: the result of each setting, best first.
 
     Args:
-        rows: runs of the sweep.
+        rows: runs of a comparison, of which those with seed 0 are the sweep.
         score: name of the score.
         by_bits: whether bits per dimension replace the score for methods that maximize only the
             likelihood.
     """
     lines = []
     for method, recipe in RECIPES.items():
-        found = [row for row in rows if row["method"] == method]
+        found = [
+            row | row.get("validation", {})
+            for row in rows
+            if row["method"] == method and row["seed"] == 0 and row["steps"]
+        ]
         if not found:
             continue
         likelihood = by_bits and recipe.by_likelihood

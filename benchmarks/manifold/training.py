@@ -1,4 +1,4 @@
-"""Training of a method: its phases, each with Adam and a share of the CPU time."""
+"""Training of a method: its phases, each with Adam, an average of weights and a share of time."""
 
 import math
 import statistics
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.manifold.peers import Autoencoder
-from mflow_kernels import HierarchicalFlow, ManifoldFlow
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.training.averaging import WeightAverage
 
 Batches = Iterator[Tensor]
 Loss = Callable[[Tensor, float], Tensor]
 WARM_UP = 50  # steps in which the learning rate rises, or a tenth of the phase if that is less
+AVERAGE = 0.99  # decay of the average of the weights, which each phase ends with
 FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
 TIMED_STEPS = 5  # steps that measure the cost of a step, after equally many to warm up
 
@@ -40,40 +42,18 @@ class Method:
     """A model and its training phases.
 
     Attributes:
-        off_deviation: standard deviation of v under the model; None if the method does not learn
-            the density of v, and so has no likelihood in the space of x.
-        ambient: whether the model has a density in the space of x, so that its samples have v
-            drawn.
+        density: whether the model has a density in the space of x, or a bound of it, so that
+            samples can have v drawn.
+        ambient: whether the method's own samples are those with v drawn.
     """
 
     model: HierarchicalFlow | Autoencoder
     phases: Sequence[Phase]
-    off_deviation: float | None
+    density: bool
     ambient: bool = False
 
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
-
-    @torch.no_grad()
-    def sample(
-        self, n: int, temperature: float, generator: torch.Generator, off: bool = False
-    ) -> Tensor:
-        """Draw n samples: on the manifold, or with v drawn as well if `off`."""
-        if not off:
-            return self.model.sample(n, temperature=temperature, generator=generator)
-        assert self.off_deviation is not None
-        assert isinstance(self.model, HierarchicalFlow)
-        first = self.model.stages[0]
-        assert isinstance(first, ManifoldFlow)
-        u = temperature * torch.randn(n, self.model.manifold_dim, generator=generator)
-        for stage in reversed(list(self.model.stages)[1:]):
-            u = stage.decode(u)
-        scale = temperature * self.off_deviation
-        latents = tuple(
-            z + scale * mask * torch.randn(z.shape, generator=generator)
-            for z, mask in zip(first.scatter(u), first.off_masks(), strict=True)
-        )
-        return first.flow.inverse(latents)[0]
 
 
 def train(method: Method, batches: Batches, steps: Sequence[int], rate: float) -> float:
@@ -90,9 +70,13 @@ def train(method: Method, batches: Batches, steps: Sequence[int], rate: float) -
     """
     started = time.process_time()
     for phase, count in zip(method.phases, steps, strict=True):
-        step = _stepper(phase, batches, rate, count)
+        step, average = _stepper(phase, batches, rate, count)
         for i in range(count):
             step(i)
+        with torch.no_grad():
+            averaged = average.model.parameters()
+            for weight, mean in zip(phase.trained.parameters(), averaged, strict=True):
+                weight.copy_(mean)
     method.model.eval()
     return time.process_time() - started
 
@@ -101,7 +85,7 @@ def step_seconds(method: Method, batches: Batches, rate: float) -> list[float]:
     """Return the CPU seconds of one step in each phase, as a mean over the phase."""
     costs = []
     for phase in method.phases:
-        step = _stepper(phase, batches, rate, TIMED_STEPS)
+        step, _ = _stepper(phase, batches, rate, TIMED_STEPS)
         times = []
         for i in [*range(TIMED_STEPS), *range(TIMED_STEPS)]:
             started = time.process_time()
@@ -111,9 +95,12 @@ def step_seconds(method: Method, batches: Batches, rate: float) -> list[float]:
     return costs
 
 
-def _stepper(phase: Phase, batches: Batches, rate: float, count: int) -> Callable[[int], None]:
-    """Start a phase of `count` steps; return the function that makes step i."""
+def _stepper(
+    phase: Phase, batches: Batches, rate: float, count: int
+) -> tuple[Callable[[int], None], WeightAverage]:
+    """Start a phase of `count` steps; return the function of step i, and its averaged weights."""
     phase.initialize(next(batches))
+    average = WeightAverage(phase.trained, AVERAGE)
     # Gradients of other stages' parameters, if there are any, are ignored.
     parameters = list(phase.trained.parameters())
     optimizer = torch.optim.Adam(parameters, rate, fused=True)
@@ -131,5 +118,6 @@ def _stepper(phase: Phase, batches: Batches, rate: float, count: int) -> Callabl
         if i % 50 == 0 and not math.isfinite(loss.item() + norm.item()):
             raise FloatingPointError(f"loss {loss.item()} at step {i} of {count}")
         optimizer.step()
+        average.update([(phase.trained, average.model)], i)
 
-    return step
+    return step, average

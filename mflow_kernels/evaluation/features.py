@@ -1,7 +1,7 @@
-"""FID and KID: distances between two sets of images, computed from the features of a network.
+"""FID, KID, precision and recall of a set of images, computed from the features of a network.
 
 The network's weights are read from a local file; nothing is downloaded. Only tensors are loaded, so
-the file cannot run code. torchmetrics computes the distances.
+the file cannot run code. torchmetrics computes FID and KID.
 """
 
 import warnings
@@ -18,6 +18,8 @@ from torch.nn.functional import interpolate
 INCEPTION = "inception"
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # or the number of images, if that is smaller
+NEIGHBOURS = 3  # an image's ball reaches to its NEIGHBOURS-th neighbour in its own set
+_DISTANCE_BLOCK = 1000  # rows of a matrix of distances that are computed together
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 _INCEPTION_SIZE, _OTHER_SIZE = 299, 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of ImageNet
@@ -92,17 +94,52 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
 @dataclass(frozen=True)
 class FeatureDistance:
     """Distances between two sets of images. `kid` is the mean over random subsets and
-    `kid_deviation` the standard deviation over them."""
+    `kid_deviation` the standard deviation over them. `precision` and `recall` are those of
+    `precision_and_recall`, or None for sets of NEIGHBOURS images or fewer."""
 
     fid: float
     kid: float
     kid_deviation: float
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """Distance between `images` samples at one temperature and as many evaluated images.
+
+    The samples are on the manifold, or off it if `ambient`.
+    """
+
+    temperature: float
+    network: str
+    images: int
+    distance: FeatureDistance
+    ambient: bool
+
+    def cells(self) -> list[str]:
+        """Return the row of a table under QUALITY_HEADINGS."""
+        found = self.distance
+        shares = (found.precision, found.recall)
+        return [
+            f"{self.temperature:g}",
+            f"{found.fid:.2f}",
+            f"{1000 * found.kid:.3f}",
+            f"{1000 * found.kid_deviation:.3f}",
+            *("" if share is None else f"{share:.3f}" for share in shares),
+        ]
+
+
+QUALITY_HEADINGS = (
+    *("temperature", "FID", "KID x 1000", "its standard deviation", "precision", "recall"),
+)
 
 
 def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
-    """Compute FID (Heusel et al., arXiv 1706.08500) and KID (Bińkowski et al., arXiv 1801.01401).
+    """Compute FID (Heusel et al., arXiv 1706.08500) and KID (Bińkowski et al., arXiv 1801.01401),
+    precision and recall.
 
-    Both are computed in float64. KID uses its cubic kernel and KID_SUBSETS subsets of at most
+    All are computed in float64. KID uses its cubic kernel and KID_SUBSETS subsets of at most
     KID_SUBSET_SIZE images, drawn with a fixed seed.
 
     Args:
@@ -124,7 +161,51 @@ def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
         kid.update(real, real=True)
         kid.update(fake, real=False)
         mean, deviation = kid.compute()
-    return FeatureDistance(fid.compute().item(), mean.item(), deviation.item())
+    shares: tuple[float | None, float | None] = None, None
+    if min(len(real), len(fake)) > NEIGHBOURS:
+        shares = precision_and_recall(real, fake)
+    return FeatureDistance(fid.compute().item(), mean.item(), deviation.item(), *shares)
+
+
+def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """Return two shares after Kynkäänniemi et al., arXiv 1904.06991: of `fake` in the support of
+    `real`, and of `real` in the support of `fake`.
+
+    The support of a set is the union of a closed ball around each of its images. The ball's radius
+    is the distance to the image's NEIGHBOURS-th neighbour in the set.
+
+    Args:
+        real, fake: features (N, F) and (M, F), with N and M above NEIGHBOURS.
+
+    Raises:
+        ValueError: a set has too few images.
+    """
+    if min(len(real), len(fake)) <= NEIGHBOURS:
+        raise ValueError(
+            f"real, fake: expected more than {NEIGHBOURS} images, got {len(real)} and {len(fake)}"
+        )
+    real_radii, fake_radii = _radii(real), _radii(fake)
+    covered = torch.zeros_like(real_radii, dtype=torch.bool)  # real images in the support of `fake`
+    inside = 0  # fake images in the support of `real`
+    for rows, radii in zip(
+        fake.split(_DISTANCE_BLOCK), fake_radii.split(_DISTANCE_BLOCK), strict=True
+    ):
+        distances = _distances(rows, real)
+        inside += int((distances <= real_radii).any(1).sum())
+        covered |= (distances <= radii[:, None]).any(0)
+    return inside / len(fake), covered.double().mean().item()
+
+
+def _radii(features: Tensor) -> Tensor:
+    """Return the distance from each row (N, F) to its NEIGHBOURS-th neighbour, (N,)."""
+    parts = features.split(_DISTANCE_BLOCK)
+    # The first of the smallest distances is that of the row to itself.
+    return torch.cat([_distances(p, features).kthvalue(NEIGHBOURS + 1).values for p in parts])
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # Without products of matrices, whose rounding would separate an image from its copy.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class _Features(nn.Module):

@@ -1,4 +1,4 @@
-"""Likelihood and reconstruction error of a trained model on held-out images."""
+"""Likelihood and reconstruction error of a trained model on held-out images, and all results."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
 from mflow_kernels.evaluation.classes import class_log_probs, context_of
+from mflow_kernels.evaluation.features import QUALITY_HEADINGS, SampleQuality
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Trained, read_manifest
@@ -52,13 +53,15 @@ class StageMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of stage 1 alone, of stages 1 and 2, and so on, in `stages`."""
+    """Metrics of stage 1 alone, of stages 1 and 2, and so on, in `stages`, and of samples of all
+    stages at several temperatures."""
 
     data: str
     images: int
     manifold_dims: tuple[int, ...]
     stages: tuple[StageMetrics, ...]
     class_accuracy: float | None = None  # None without a class-conditional model or known classes
+    samples: tuple[SampleQuality, ...] = ()  # empty without a network of features
 
     def write(self, path: Path) -> None:
         """Write a JSON file."""
@@ -101,6 +104,15 @@ class Evaluation:
         print(PARTS_EXPLAINED)
         if self.class_accuracy is not None:
             print(self.accuracy_explained())
+
+    def print_samples(self) -> None:
+        """Print a table of the samples' metrics to stdout."""
+        table = Table(title=escape(printable(f"Samples, by features of {self.samples[0].network}")))
+        for heading in QUALITY_HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in self.samples:
+            table.add_row(*row.cells())
+        Console().print(table)
 
     def accuracy_explained(self) -> str:
         """Return a sentence about the accuracy of the class posterior."""

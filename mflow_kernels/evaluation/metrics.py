@@ -4,24 +4,9 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
-from mflow_kernels.evaluation.features import FeatureDistance
 from mflow_kernels.evaluation.likelihood import Evaluation
 from mflow_kernels.evaluation.ood import SetScores
 from mflow_kernels.models.selection import IntrinsicDimension
-
-
-@dataclass(frozen=True)
-class SampleQuality:
-    """Distance between `images` samples at one temperature and as many evaluated images.
-
-    The samples are on the manifold, or off it if `ambient`.
-    """
-
-    temperature: float
-    network: str
-    images: int
-    distance: FeatureDistance
-    ambient: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +21,6 @@ class ReportMetrics:
     evaluation: Evaluation
     draws: int
     importance_weighted_bits_per_dim: float | None
-    samples: tuple[SampleQuality, ...]
     scores: tuple[SetScores, ...]
     deviation: float | None
     manifold_log_prob: float | None

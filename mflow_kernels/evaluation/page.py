@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mflow_kernels import __version__
+from mflow_kernels.evaluation.features import QUALITY_HEADINGS, SampleQuality
 from mflow_kernels.evaluation.likelihood import PARTS_EXPLAINED
 from mflow_kernels.evaluation.metrics import ReportMetrics
 from mflow_kernels.evaluation.ood import SCORES
@@ -69,7 +70,7 @@ def page(
         *_show(pictures, "projections"),
         "<h2>Samples</h2>",
         *_show(pictures, "samples"),
-        *_sample_quality(metrics),
+        *_sample_quality(metrics.evaluation.samples),
         *_show(pictures, "interpolations", "Interpolations"),
         *_scores(metrics, pictures),
         *_spectrum(metrics, pictures),
@@ -118,28 +119,18 @@ def _likelihood(metrics: ReportMetrics) -> Iterable[str]:
     )
 
 
-def _sample_quality(metrics: ReportMetrics) -> Iterable[str]:
-    if not metrics.samples:
+def _sample_quality(samples: Sequence[SampleQuality]) -> Iterable[str]:
+    if not samples:
         return
-    first = metrics.samples[0]
+    first = samples[0]
     where = "off" if first.ambient else "on"
-    yield _table(
-        ["temperature", "FID", "KID x 1000", "standard deviation"],
-        [
-            [
-                f"{row.temperature:g}",
-                f"{row.distance.fid:.2f}",
-                f"{1000 * row.distance.kid:.3f}",
-                f"{1000 * row.distance.kid_deviation:.3f}",
-            ]
-            for row in metrics.samples
-        ],
-    )
+    yield _table(QUALITY_HEADINGS, [row.cells() for row in samples])
     yield (
-        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples {where} the "
-        f"manifold with {first.images:,} of the images, by features of the network "
-        f"{escape(first.network)}. Compare them only with values from the same network and the "
-        "same numbers of images.</p>"
+        "<p class=note>A lower FID and KID and a higher precision and recall are better. Precision "
+        "is the share of samples near an image, and recall the share of images near a sample. "
+        f"{first.images:,} samples {where} the manifold are compared with {first.images:,} of the "
+        f"images, by features of the network {escape(first.network)}. Compare the numbers only "
+        "with values from the same network and the same numbers of images.</p>"
     )
 
 

@@ -1,7 +1,6 @@
 """The report of a run: its metrics and pictures on one HTML page."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -9,16 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mflow_kernels.data.dequantization import dequantize, to_image
+from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
-from mflow_kernels.evaluation.classes import context_of, sampled_classes
-from mflow_kernels.evaluation.features import FeatureNetwork, feature_distance
+from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.likelihood import Evaluation, importance_weighted_bits
-from mflow_kernels.evaluation.metrics import ReportMetrics, SampleQuality
+from mflow_kernels.evaluation.metrics import ReportMetrics
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
@@ -33,14 +31,13 @@ from mflow_kernels.evaluation.ood import (
 from mflow_kernels.evaluation.page import page
 from mflow_kernels.evaluation.report_pictures import draw_report
 from mflow_kernels.evaluation.samples import TEMPERATURES
-from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.models import ManifoldFlow
 from mflow_kernels.models.selection import IntrinsicDimension, estimate_intrinsic_dimension
 from mflow_kernels.runs.folder import Trained, read_manifest
 
 REPORT, FIGURES = "report.html", "figures.json"
 _SPECTRUM_IMAGES = 4
 _SPECTRUM_DIMENSIONS = 1024  # largest D: each image needs a D x D Jacobian
-_FEATURE_BATCH = 50
 _PROBES, _ITERATIONS = 16, 64  # defaults of `manifold_log_prob`, by Hutchinson's method
 
 
@@ -51,8 +48,8 @@ class ReportOptions:
     Args:
         draws: dequantizations of each image for the importance-weighted bits per dimension; 1
             leaves these out.
-        features: name of a network and the network, for FID and KID; None leaves them out.
-        feature_images: largest number of images, and of samples, that FID and KID compare.
+        compared: number of images, and of samples at each temperature, that `sample_quality`
+            compares.
         others: further sets of images, by name, that get OOD scores.
         quick: leave out the parts that need Jacobians: the density on the manifold, the OOD score
             and the intrinsic dimension.
@@ -62,8 +59,7 @@ class ReportOptions:
     """
 
     draws: int = 1
-    features: tuple[str, FeatureNetwork] | None = None
-    feature_images: int = 10_000
+    compared: int = 0
     others: tuple[tuple[str, ImageSet], ...] = ()
     quick: bool = False
     ambient: bool = False
@@ -85,10 +81,9 @@ def describe_work(run: Trained, images: ImageSet, options: ReportOptions) -> str
     lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (stages + 3))]
     if options.draws > 1:
         lines.append(_work(f"{options.draws} dequantizations of each", count * options.draws))
-    if options.features is not None:
-        compared = min(options.feature_images, count)
-        samples = len(TEMPERATURES) * compared
-        lines.append(_work(f"{samples:,} samples for FID and KID", samples))
+    if options.compared:
+        samples = len(TEMPERATURES) * min(options.compared, count)
+        lines.append(_work(f"{samples:,} samples for FID, KID, precision and recall", samples))
     lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
     what = f"up to {SCORED_IMAGES} training images to compare with"
     lines.append(_work(what, 3 * SCORED_IMAGES, "at most "))
@@ -143,11 +138,10 @@ def write_report(
     weighted = None
     if options.draws > 1:
         weighted = importance_weighted_bits(model, images, n_bits, options.draws)
-    samples = _sample_quality(run, images, options)
-    if not samples:
+    if not evaluation.samples:
         missing.append(
-            "FID and KID: they need a file with a network's weights; give it to mflow evaluate as "
-            "--feature-weights FILE"
+            "FID, KID, precision and recall: they need a file with a network's weights; give it to "
+            "mflow evaluate as --feature-weights FILE"
         )
     density = spectrum = None
     if options.quick:
@@ -168,7 +162,6 @@ def write_report(
         evaluation=evaluation,
         draws=options.draws,
         importance_weighted_bits_per_dim=weighted,
-        samples=samples,
         scores=compare_sets(scores),
         deviation=training.deviation if training else None,
         manifold_log_prob=density,
@@ -187,60 +180,6 @@ def write_report(
     content = html.encode(errors="backslashreplace")
     write_atomically(folder / REPORT, lambda path: path.write_bytes(content))
     return folder / REPORT
-
-
-@torch.no_grad()
-def _sample_quality(
-    run: Trained, images: ImageSet, options: ReportOptions
-) -> tuple[SampleQuality, ...]:
-    if options.features is None:
-        return ()
-    name, network = options.features
-    network = network.to(run.device)
-    count = min(options.feature_images, len(images))
-    rows = []
-    with progress_bar("features", count * (1 + len(TEMPERATURES))) as progress:
-        done = 0
-
-        def extract(batches: Iterator[Tensor]) -> Tensor:
-            nonlocal done
-            parts = []
-            for batch in batches:
-                parts.append(network(batch.to(run.device)))
-                done += len(batch)
-                progress(done)
-            return torch.cat(parts)
-
-        real = extract(_image_batches(images, count))
-        for temperature in TEMPERATURES:
-            fake = extract(_sample_batches(run.model, count, temperature, options.ambient))
-            distance = feature_distance(real, fake)
-            rows.append(SampleQuality(temperature, name, count, distance, options.ambient))
-    return tuple(rows)
-
-
-def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
-    for begin in range(0, count, _FEATURE_BATCH):
-        yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
-
-
-def _sample_batches(
-    model: HierarchicalFlow, count: int, temperature: float, ambient: bool
-) -> Iterator[Tensor]:
-    """Yield uint8 samples, as a file would hold them, from the same draws at each temperature."""
-    device = next(model.parameters()).device
-    generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
-    for begin in range(0, count, _FEATURE_BATCH):
-        number = min(_FEATURE_BATCH, count - begin)
-        context = sampled_classes(model, number)
-        x = model.sample(
-            number,
-            context=context,
-            temperature=temperature,
-            generator=generator,
-            off_manifold=ambient,
-        )
-        yield to_image(x)
 
 
 def _training_scores(run: Trained, missing: list[str], quick: bool) -> TrainingScores | None:

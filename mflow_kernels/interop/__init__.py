@@ -2,7 +2,12 @@
 
 from mflow_kernels.interop.accelerate import accelerate, decelerate
 from mflow_kernels.interop.plain import plain_module
-from mflow_kernels.interop.published import PublishedGlow, glow_from_openai, glow_from_rosinality
+from mflow_kernels.interop.published import (
+    PublishedGlow,
+    glow_from_chaiyujin,
+    glow_from_openai,
+    glow_from_rosinality,
+)
 from mflow_kernels.interop.report import Left, Replaced, Report
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "Report",
     "accelerate",
     "decelerate",
+    "glow_from_chaiyujin",
     "glow_from_openai",
     "glow_from_rosinality",
     "plain_module",

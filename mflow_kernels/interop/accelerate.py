@@ -51,7 +51,7 @@ def accelerate(
     libraries = {library for m in model.modules() for library in _libraries_of(m)}
     if not libraries:
         *names, last = map(_distribution, LIBRARIES)
-        why = f"no layer of {', '.join(names)} or {last}"
+        why = f"it has no layer of {', '.join(names)} or {last}"
         return Report("", (), (Left("", type(model).__name__, why),), ())
     replaced: list[Replaced] = []
     left: list[Left] = []

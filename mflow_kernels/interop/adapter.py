@@ -84,7 +84,7 @@ class Adapter(Protocol):
 
     def why_left(self, layer: nn.Module) -> str:
         """Say why a layer whose class is not in `layers` is left."""
-        return "our kernels have no such layer"
+        return "mflow_kernels has no such layer"
 
     def kind_of(self, cls: type) -> str:
         """Return the key of the methods of an accelerated layer of this class."""

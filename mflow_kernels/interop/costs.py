@@ -38,15 +38,18 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
         for part in parts
     )
     if not nets and not splines:
-        return "without a coupling it gains nothing on a CPU"
+        return "it has no coupling, and would not be faster on a CPU"
     if channels is None:
         return ""
     of_pixels = any("Conv" in type(m).__name__ for net in nets for m in net.modules())
     matrices = [p for p in parts if isinstance(p, Linear) and not (p.permutes or p.scales)]
     if not of_pixels and not splines and channels < VECTOR_CHANNELS:
-        return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
+        return (
+            f"affine couplings of vectors of fewer than {VECTOR_CHANNELS} numbers would not be "
+            "faster on a CPU"
+        )
     if not of_pixels and not splines and matrices:
-        return "a matrix between couplings of vectors costs more on a CPU"
+        return "with a matrix between couplings of vectors it would be slower on a CPU"
     unequal = any(
         isinstance(p, Coupling)
         and not isinstance(p.scale, Spline)
@@ -54,9 +57,15 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
         for p in parts
     )
     if unequal and channels < UNEQUAL_CHANNELS:
-        return f"unequal parts of fewer than {UNEQUAL_CHANNELS} channels cost more on a CPU"
+        return (
+            f"couplings that do not keep half of fewer than {UNEQUAL_CHANNELS} channels would be "
+            "slower on a CPU"
+        )
     if channels > LEARNED_CHANNELS and not all(p.fixed for p in matrices):
-        return f"a learned matrix of more than {LEARNED_CHANNELS} channels costs more on a CPU"
+        return (
+            f"with a learned matrix of more than {LEARNED_CHANNELS} channels it would be slower on "
+            "a CPU"
+        )
     return ""
 
 

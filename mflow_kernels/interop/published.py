@@ -1,54 +1,25 @@
-"""Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
+"""Load weights of openai/glow, rosinality/glow-pytorch and chaiyujin/glow-pytorch into a `Glow`.
 
 The published model has two features that `Glow` lacks: convolutions that see the border of the
 image, and a learned Gaussian of the coarsest latent. Here an affine map takes the place of that
-Gaussian, so that every latent is standard normal. Scales of convolutions (actnorms inside networks,
-exp(3 * logs)) are folded into the weights.
+Gaussian, so that every latent is standard normal.
 """
 
-from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.interop.params import Params
+from mflow_kernels.interop.published_layouts import Chaiyujin, OpenAI, Rosinality, Weights
 from mflow_kernels.layers import FlowStep, Split
-from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.models.glow import Glow
 from mflow_kernels.ops.scale import ScaleFunction
 
-Weights = Mapping[str, Any]
 _GLOW = ScaleFunction("sigmoid", offset=2.0)
 _EXP = ScaleFunction("exp")
-FACTOR = 3.0  # both store a third of each log-scale ("logscale_factor")
-
-
-class EdgeConv2d(nn.Conv2d):
-    """A padded 3x3 convolution that sees the border of the image.
-
-    With `marked`, the last input channel is 1 outside the image and 0 inside, as in openai/glow.
-    Otherwise the state is padded with ones, as in rosinality/glow-pytorch.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, marked: bool) -> None:
-        out_channels, in_channels = weight.shape[:2]
-        super().__init__(in_channels, out_channels, 3)
-        self.marked = marked
-        _fill(self, weight, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.marked:
-            inside = x.new_ones(1, 1, *x.shape[2:])
-            mark = 1 - F.pad(inside, [1, 1, 1, 1])
-            x = F.pad(x, [1, 1, 1, 1])
-            x = torch.cat([x, mark.expand(x.shape[0], -1, -1, -1)], dim=1)
-        else:
-            x = F.pad(x, [1, 1, 1, 1], value=1.0)
-        return super().forward(x)
 
 
 class PublishedGlow(Glow):
@@ -104,7 +75,7 @@ def glow_from_openai(
         ValueError: a variable is missing or has another shape, the permutation is not the learned
             one (flow_permutation 2), or the weights have no such label.
     """
-    return _convert(_OpenAI(_variables(weights), label), image_shape)
+    return _convert(OpenAI(_variables(weights), label), image_shape)
 
 
 def glow_from_rosinality(
@@ -119,14 +90,42 @@ def glow_from_rosinality(
     Raises:
         ValueError: a weight is missing or has another shape.
     """
+    return _convert(Rosinality(_state(weights)), image_shape)
+
+
+def glow_from_chaiyujin(
+    weights: str | PathLike[str] | Weights,
+    image_shape: tuple[int, int, int],
+    *,
+    label: int | None = None,
+) -> PublishedGlow:
+    """Return a model with the weights of chaiyujin/glow-pytorch.
+
+    Args:
+        weights: a state dictionary, a training checkpoint with one under "graph", or its file.
+        image_shape: (C, H, W). The model takes images as x / 255.
+        label: the class, for weights whose top latent depends on it.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, or the weights have no such label. The
+            files lack two kinds of permutations: those of channels, and those of LU-factored 1x1
+            convolutions.
+    """
+    state = _state(weights)
+    return _convert(Chaiyujin(state.get("graph", state), label), image_shape)
+
+
+def _state(weights: str | PathLike[str] | Weights) -> Weights:
     if isinstance(weights, (str, PathLike)):
-        weights = cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
-    return _convert(_Rosinality(weights), image_shape)
+        return cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
+    return weights
 
 
-def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
-    """Return a model with these weights, from either layout."""
-    levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
+def _convert(
+    w: OpenAI | Rosinality | Chaiyujin, image_shape: tuple[int, int, int]
+) -> PublishedGlow:
+    """Return a model with these weights, from any layout."""
+    levels, steps = w.sizes()
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
         published = w.step(level, i % steps)
@@ -148,176 +147,12 @@ def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> P
     return glow
 
 
-class _Step(NamedTuple):
-    """A step of flow: y = W x, the actnorm exp(log_scale) * (x + bias), the coupling network."""
-
-    weight: Tensor
-    bias: Tensor
-    log_scale: Tensor
-    net: nn.Sequential
-
-
-class _Source:
-    """Arrays by name. Errors name the missing array."""
-
-    def __init__(self, arrays: Weights) -> None:
-        self.arrays = arrays
-
-    def need(self, name: str, why: str) -> None:
-        if name not in self.arrays:
-            raise ValueError(f"weights: expected {name!r}: {why}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name, "is this a checkpoint of a Glow?")
-        array = torch.as_tensor(self.arrays[name]).double()
-        if not array.isfinite().all():
-            raise ValueError(f"weights: {name!r} is not finite: its training diverged")
-        return array
-
-
-class _OpenAI(_Source):
-    """TensorFlow variables: filters are (H, W, in, out); log-scales are stored divided by 3; shifts
-    and scales alternate."""
-
-    counted = "{}/0/actnorm_center/b", "0/{}/actnorm_center/b"
-    interleaved = True
-
-    def __init__(self, arrays: Weights, label: int | None) -> None:
-        super().__init__(arrays)
-        self.label = label
-
-    def step(self, level: int, step: int) -> _Step:
-        at = f"{level}/{step}"
-        self.need(
-            f"{at}/invconv/W", "only the learned permutation, flow_permutation 2, is converted"
-        )
-        return _Step(
-            self[f"{at}/invconv/W"].t(),  # it multiplies rows
-            self.vector(f"{at}/actnorm_center/b"),
-            self.log_scale(f"{at}/actnorm_scale/logs"),
-            _network(
-                self.convolution(f"{at}/f1/l_1"),
-                self.convolution(f"{at}/f1/l_2"),
-                self.last(f"{at}/f1/l_last"),
-            ),
-        )
-
-    def prior(self, level: int) -> EdgeConv2d:
-        """Return a split's network, from the half that remains to the latent's mean and log sd."""
-        return self.last(f"pool{level}/conv")
-
-    def vector(self, name: str) -> Tensor:
-        return self[name].flatten()
-
-    def log_scale(self, name: str) -> Tensor:
-        return FACTOR * self.vector(name)
-
-    def convolution(self, name: str) -> nn.Conv2d:
-        """Return a convolution without bias, and the actnorm after it."""
-        weight, bias = self._scaled(name, "actnorm_center/b", "actnorm_scale/logs")
-        if weight.shape[2] == 1:
-            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias)
-        return EdgeConv2d(weight, bias, marked=True)
-
-    def last(self, name: str) -> EdgeConv2d:
-        """Return a network's last convolution, whose scale applies after the bias."""
-        return EdgeConv2d(*self._scaled(name, "b", "logs"), marked=True)
-
-    def _scaled(self, name: str, bias: str, log_scale: str) -> tuple[Tensor, Tensor]:
-        """Return the weight and the bias of a convolution, times the scale that follows."""
-        scale = self.log_scale(f"{name}/{log_scale}").exp()
-        weight = self[f"{name}/W"].permute(3, 2, 0, 1) * scale[:, None, None, None]
-        return weight, self.vector(f"{name}/{bias}") * scale
-
-    def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
-        channels, height, width = shape
-        top = torch.zeros(2 * channels, height, width)
-        if "prior/p/W" in self.arrays:
-            top = self.last("prior/p")(torch.zeros(1, *shape))[0]
-        if "prior/y_emb/W" in self.arrays:
-            scale = self.log_scale("prior/y_emb/logs").exp()
-            rows = (self["prior/y_emb/W"] + self.vector("prior/y_emb/b")) * scale
-            if self.label is None or not 0 <= self.label < len(rows):
-                raise ValueError(
-                    f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of "
-                    f"these weights depends on it, got {self.label}"
-                )
-            top = top + rows[self.label][:, None, None]
-        elif self.label is not None:
-            raise ValueError(
-                f"label: expected None, as these weights have no classes, got {self.label}"
-            )
-        return top
-
-
-class _Rosinality(_Source):
-    """A state dictionary, of the model or of a data-parallel wrapper. The first half of a network's
-    output is scales, the second shifts."""
-
-    counted = "blocks.{}.flows.0.actnorm.loc", "blocks.0.flows.{}.actnorm.loc"
-    interleaved = False
-
-    def __init__(self, arrays: Weights) -> None:
-        super().__init__({name.removeprefix("module."): value for name, value in arrays.items()})
-
-    def step(self, level: int, step: int) -> _Step:
-        at = f"blocks.{level}.flows.{step}"
-        scale = self[f"{at}.actnorm.scale"].flatten()  # it may be negative
-        return _Step(
-            self.conv1x1_weight(f"{at}.invconv") * scale.sign(),
-            self[f"{at}.actnorm.loc"].flatten(),
-            scale.abs().log(),
-            _network(
-                self.convolution(f"{at}.coupling.net.0"),
-                self.convolution(f"{at}.coupling.net.2"),
-                self.last(f"{at}.coupling.net.4"),
-            ),
-        )
-
-    def prior(self, level: int) -> EdgeConv2d:
-        return self.last(f"blocks.{level}.prior")
-
-    def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
-        levels = _count(self.arrays, self.counted[0])
-        top: Tensor = self.prior(levels - 1)(torch.zeros(1, *shape))[0]
-        return top
-
-    def convolution(self, name: str) -> nn.Conv2d:
-        weight = self[f"{name}.weight"]
-        size = weight.shape[2]
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2)
-        return _fill(conv, weight, self[f"{name}.bias"])
-
-    def last(self, name: str) -> EdgeConv2d:
-        scale = (FACTOR * self[f"{name}.scale"].flatten()).exp()
-        weight = self[f"{name}.conv.weight"] * scale[:, None, None, None]
-        return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
-
-    def conv1x1_weight(self, name: str) -> Tensor:
-        """Return W (C, C), which the file stores whole or as its factors."""
-        if f"{name}.weight" in self.arrays:
-            return self[f"{name}.weight"].flatten(1)
-        return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
-
-
 def _variables(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
     return {name.removesuffix(":0").removeprefix("model/"): a for name, a in weights.items()}
-
-
-def _count(weights: Weights, pattern: str) -> int:
-    """Return the smallest n for which `pattern.format(n)` is not a name in `weights`."""
-    count = 0
-    while pattern.format(count) in weights:
-        count += 1
-    if not count:
-        raise ValueError(f"weights: expected {pattern.format(0)!r}, which is missing")
-    return count
 
 
 def _places(glow: Glow, kind: type) -> list[tuple[int, Any]]:
@@ -330,14 +165,6 @@ def _places(glow: Glow, kind: type) -> list[tuple[int, Any]]:
     return places
 
 
-def _fill(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    assert conv.bias is not None
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
-    return conv
-
-
 def _set_weight(step: FlowStep, weight: Tensor) -> None:
     channels = len(step.actnorm.bias)
     if tuple(weight.shape) != (channels, channels):
@@ -347,10 +174,6 @@ def _set_weight(step: FlowStep, weight: Tensor) -> None:
         )
     with torch.no_grad():
         step.conv.factor_(weight)
-
-
-def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
 
 
 def _halves(channels: int, interleaved: bool) -> tuple[slice, slice]:

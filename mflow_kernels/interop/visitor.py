@@ -66,7 +66,7 @@ class Visitor:
         kind = self.adapter.kind_of(self._class_of(layer))
         if not isinstance(parts, str) and not in_sequence:
             if _only_permutes(parts):
-                parts = "on its own it only permutes the state"
+                parts = "it only permutes the state, and would not be faster alone"
             elif kind not in self.adapter.repaired and (why := self._why_slower([layer], parts)):
                 parts = why
         if isinstance(parts, str):
@@ -128,7 +128,8 @@ class Visitor:
         tensors = (t for m in layers for t in (*m.parameters(), *m.buffers()))
         device = next((t.device.type for t in tensors), "cpu")
         channels = [n for n in map(self.adapter.channels_of, layers) if n is not None]
-        return why_slower(parts, max(channels, default=None), device)
+        why = why_slower(parts, max(channels, default=None), device)
+        return why and f"{why} (even_if_slower=True replaces it)"
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
         """Return the parts of a layer, or the reason why it is left."""

@@ -31,6 +31,7 @@ from mflow_kernels.layers import (
 from mflow_kernels.layers.networks import CouplingNetwork, coupling_net, has_hooks
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
+from mflow_kernels.models.jet import Jet
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.objectives import ManifoldObjective
@@ -94,6 +95,10 @@ _FLOW: dict[str, Any] = {
     "context_channels": _context_channels,
     **{name: f"chain.{name}" for name in ("reversible", "checkpoint_every")},
 }
+_JET = {
+    name: name
+    for name in ("patch", "couplings", "depth", "width", "heads", "scale", "context_channels")
+} | {name: f"chain.{name}" for name in ("reversible", "checkpoint_every")}
 _CHAIN = {
     name: name for name in ("layers", "reversible", "checkpoint_every", "input_shape", "masked")
 }
@@ -127,6 +132,8 @@ KINDS = {
     for kind in (
         _kind(Glow, image_shape="input_shape", levels="levels", **_FLOW),
         _kind(VectorFlow, dim=lambda flow: flow.input_shape[0], **_FLOW),
+        # The state dict has the orders of the channels, so the seed is not needed.
+        _kind(Jet, image_shape="input_shape", **_JET),
         _kind(ReversibleChain, **_CHAIN),
         _kind(
             ManifoldFlow,
@@ -181,7 +188,11 @@ _ADDED_LATER: dict[str, dict[str, Any]] = {
     "ReversibleChain": {"masked": False},
     "InvertibleConv1x1": {"n_split": None},
 }
-_MODELS = ("Glow", "VectorFlow", "ReversibleChain", "ManifoldFlow", "HierarchicalFlow")
+# The arguments whose product is the number of a flow's steps or blocks.
+_DEPTHS = {
+    "Glow": ("steps", "levels"), "VectorFlow": ("steps",), "Jet": ("couplings", "depth"),
+}  # fmt: skip
+_MODELS = ("Glow", "Jet", "VectorFlow", "ReversibleChain", "ManifoldFlow", "HierarchicalFlow")
 # Attributes that do not change what a model computes, or that are stored beside the architecture.
 _STATE = frozenset(["training", "drift", "was_set", "actnorms_checked", "images_checked"])
 _STATE |= {"n_bits", "crop", "class_names"}
@@ -271,8 +282,9 @@ def check_size(description: Any, tensors: int, numbers: int) -> None:
         if not isinstance(node, Mapping):
             continue
         found += node.values()
-        if node.get("class") in ("Glow", "VectorFlow"):
-            counts = [node.get("steps"), node.get("levels", 1)]
+        counted = _DEPTHS.get(str(node.get("class")), ())
+        if counted:
+            counts = [node.get(name, 1) for name in counted]
             depth += math.prod(c for c in counts if isinstance(c, int))
         flow = node.get("flow")
         if node.get("class") == "ManifoldFlow" and isinstance(flow, Mapping):

@@ -84,7 +84,7 @@ class Jet(ChainFlow):
         self.depth, self.width, self.heads = depth, width, heads
         self.scale = ScaleFunction.of(scale)
         self.context_channels = context_channels
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
 
         def coupling(channels: int, tokens: int) -> AffineCoupling:
             a, b = channels // 2, channels - channels // 2
@@ -94,7 +94,8 @@ class Jet(ChainFlow):
         layers: list[nn.Module] = [Squeeze() for _ in range(patch.bit_length() - 1)]
         for i in range(couplings):
             if i % 3 < 2:
-                layers.append(Permutation(torch.randperm(channels, generator=generator)))
+                order = torch.randperm(channels, generator=generator, device="cpu")
+                layers.append(Permutation(order.tolist()))
                 layers.append(coupling(channels, tokens))
                 continue
             swap = [*range(channels, 2 * channels), *range(channels)]

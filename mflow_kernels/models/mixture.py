@@ -70,7 +70,7 @@ class GaussianMixture(nn.Module):
         check_temperature(temperature)
         weights = self.log_weights.softmax(0)
         component = weights.multinomial(n, replacement=True, generator=generator)
-        u = torch.empty_like(self.means[:1]).expand(n, -1).contiguous()
+        u = self.means.new_empty(n, self.dim)
         u.normal_(generator=generator).mul_(temperature)
         for k, whitening in enumerate(self._whitening()):
             own = component == k

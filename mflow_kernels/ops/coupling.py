@@ -29,7 +29,7 @@ from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import operator, register_elementwise
 from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale_ref, scale_of, slope_ref
 from mflow_kernels.ops.tiles import elementwise_tile, ledger_columns
 
@@ -169,30 +169,8 @@ def coupling_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-def _fake_backward(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(params)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, params, *ctx.options = inputs
-    ctx.save_for_backward(x, params)
-
-
-def _gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
-
-
-affine_coupling_op, coupling_eager = register(
-    "affine_coupling",
-    coupling_forward,
-    coupling_backward,
-    fake=_empty,
-    fake_backward=_fake_backward,
-    setup=_setup,
-    gradient=_gradient,
+affine_coupling_op, coupling_eager = register_elementwise(
+    "affine_coupling", coupling_forward, coupling_backward, _empty
 )
 
 

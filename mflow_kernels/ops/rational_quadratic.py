@@ -37,7 +37,7 @@ from mflow_kernels.ops.layouts import channels_first, dense_pixels, flow_state, 
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rational_quadratic_kernels import spline_bwd_kernel, spline_fwd_kernel
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import operator, register_elementwise
 from mflow_kernels.ops.spline import Spline, SplineOptions, make_spline, spline_of, spline_ref
 from mflow_kernels.ops.tiles import ledger_columns
 
@@ -186,30 +186,8 @@ def spline_backward(
     return in_layout_of(x, grads[0]), in_layout_of(params, grads[1])
 
 
-def _fake_backward(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(params)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, params, *ctx.options = inputs
-    ctx.save_for_backward(x, params)
-
-
-def _gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
-
-
-rational_quadratic_op, spline_eager = register(
-    "rational_quadratic",
-    spline_forward,
-    spline_backward,
-    fake=_empty,
-    fake_backward=_fake_backward,
-    setup=_setup,
-    gradient=_gradient,
+rational_quadratic_op, spline_eager = register_elementwise(
+    "rational_quadratic", spline_forward, spline_backward, _empty
 )
 
 

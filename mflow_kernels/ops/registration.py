@@ -48,6 +48,31 @@ def register(
     return registered, eager_function(forward, setup, partial(gradient, run=backward))
 
 
+def register_elementwise(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], fake: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register an operator from (x, params, *options) to y and a ledger, as `register` does.
+
+    Its backward operator takes (dy, dledger, x, params, *options) and returns dx and dparams.
+    """
+
+    def fake_backward(dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any) -> Any:
+        return torch.empty_like(x), torch.empty_like(params)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, params, *ctx.options = inputs
+        ctx.save_for_backward(x, params)
+
+    def gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+        grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
+        return (*grads, *(None for _ in ctx.options))
+
+    return register(
+        name, forward, backward, fake=fake, fake_backward=fake_backward, setup=setup,
+        gradient=gradient,
+    )  # fmt: skip
+
+
 def eager_function(
     forward: Callable[..., Any],
     setup: Callable[[Any, tuple[Any, ...], Any], None],

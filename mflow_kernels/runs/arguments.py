@@ -127,6 +127,9 @@ def _with_stages(given: dict[Any, Any]) -> dict[Any, Any]:
     return {name: given[name] for name in given if name not in old} | {"stages": stages}
 
 
+_HELP: dict[type, str] = {}  # the docstrings of the groups of options, with their placeholders
+
+
 def add_options(parser: ArgumentParser) -> None:
     """Add every option of TrainConfig to `parser`, in groups, and the short ones for all further
     flows. A short option that is not given is absent from the parsed values."""
@@ -146,10 +149,11 @@ def add_options(parser: ArgumentParser) -> None:
             if isinstance(_default(option), bool | list)
             or option.name in ("classes", "init_from", "reversible")
         }
-        parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
+        # The class keeps the filled text, which has no place for a data set that is added later.
+        help_text = _HELP.setdefault(options, with_docstring(options).__doc__ or "")
+        options.__doc__ = help_text.replace("{named_datasets}", _named_datasets())
+        parser.add_class_arguments(options, as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
-        for action in group._group_actions:
-            action.help = (action.help or "").replace("{named_datasets}", _named_datasets())
         texts = argument_texts(options)
         types = get_type_hints(options)
         for name, option in by_hand.items():

@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int  # number of optimizer steps taken
     tensors: dict[str, Tensor]  # weights, averaged weights, and the guard's statistics
-    moments: dict[int, dict[str, Tensor]]  # AdamW's state of each parameter that was trained
+    moments: dict[int, dict[str, Tensor]]  # the optimizer's state of each trained parameter
     grad_scaler: dict[str, float]  # empty unless the networks are in float16
     progress: Progress | None  # None in a checkpoint of an earlier version
 
@@ -41,7 +41,8 @@ class Expected(NamedTuple):
 
     tensors: Mapping[str, Tensor]  # the names, shapes and dtypes
     # Needed to resume. If `parameters` is None, the optimizer and the progress are not checked.
-    parameters: Sequence[Tensor] | None = None  # in AdamW's order
+    # In the optimizer's order, with the number of moments that it keeps of each.
+    parameters: Sequence[tuple[Tensor, int]] | None = None
     stages: int = 0  # number of stages
     images: int = 0  # number of training images
 
@@ -129,9 +130,9 @@ def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
 
 
 def _moments(
-    states: object, parameters: Sequence[Tensor], step: int
+    states: object, parameters: Sequence[tuple[Tensor, int]], step: int
 ) -> dict[int, dict[str, Tensor]]:
-    """Return AdamW's state.
+    """Return the optimizer's state.
 
     Raises:
         ValueError: a moment does not have the dtype and shape of its parameter.
@@ -144,7 +145,8 @@ def _moments(
         name = f"the optimizer's state of parameter {number}"
         _check(type(number) is int and 0 <= number < len(parameters), name, "")
         wanted = {"step": _form(torch.zeros(()))}
-        wanted |= dict.fromkeys(("exp_avg", "exp_avg_sq"), _form(parameters[number]))
+        parameter, count = parameters[number]
+        wanted |= dict.fromkeys(("exp_avg", "exp_avg_sq")[:count], _form(parameter))
         came = {key: _form(value) for key, value in _items(state)}
         _check(wanted == came, name, came)
         _check_finite(state)

@@ -36,7 +36,10 @@ _ADDED_LATER: dict[str, Any] = {
     "sigma": 0.1,
     "coupling": "affine",
     "bins": 8,
+    **{"flow": "glow", "patch": 2, "couplings": 20, "depth": 1, "heads": 2},
     "init_from": None,
+    "optimizer": "adamw",
+    "schedule": "cosine",
     "accumulate": 1,
     "classes": None,
     "crop": None,
@@ -74,8 +77,9 @@ class TrainConfig(
         The models check what depends on the images' shape, such as the number of levels.
         """
         model = ("image_size", "levels", "manifold_dim", "checkpoint_every")
+        jet = ("patch", "couplings", "depth", "heads")
         training = ("batch_size", "accumulate", "warm_up", "max_skipped", "save_steps")
-        for name in (*model, *training):
+        for name in (*model, *jet, *training):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         if self.batch_size % self.accumulate:

@@ -41,6 +41,7 @@ CHANGES = "changes.csv"
 CHANGEABLE_OPTIONS = (
     "learning_rate",
     "stage_learning_rate",
+    "schedule",
     "epochs",
     "stage_epochs",
     "max_steps",
@@ -112,20 +113,29 @@ def architecture(config: RunConfig) -> dict[str, Any]:
     how |= {name: getattr(config, name) for name in ("reversible", "checkpoint_every")}
     stages: list[dict[str, Any]] = []
     for stage in config.flows:
-        flow = {name: getattr(stage, name) for name in ("steps", "width", "coupling", "bins")}
-        flow["class"] = "VectorFlow"
         if stages:
-            flow["dim"] = stages[-1]["manifold_dim"]
+            flow = {"class": "VectorFlow", "dim": stages[-1]["manifold_dim"], **_options(stage)}
         else:
-            flow |= {"class": "Glow", "image_shape": list(config.image_shape)}
-            flow["levels"] = config.levels
+            flow = {**_image_flow(config, stage), "image_shape": list(config.image_shape)}
         objective = {name: getattr(stage, name) for name in ("domain", "rho", "delta", "sigma")}
         objective |= {"class": "ManifoldObjective", "weight": _weight(stage)}
-        stages.append({"class": "ManifoldFlow", "flow": flow | how, "objective": objective})
+        stages.append({"class": "ManifoldFlow", "flow": how | flow, "objective": objective})
         stages[-1]["manifold_dim"] = stage.dim
         mixture = {"class": "GaussianMixture", "dim": stage.dim, "components": stage.components}
         stages[-1]["prior"] = mixture if stage.components > 1 else None
     return {"class": "HierarchicalFlow", "stages": stages}
+
+
+def _image_flow(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    if config.flow == "glow":
+        return {"class": "Glow", "levels": config.levels, **_options(stage)}
+    names = ("patch", "couplings", "depth", "heads", "width")
+    jet = {name: getattr(config, name) for name in names}
+    return {"class": "Jet", **jet, "scale": "double-sigmoid"}
+
+
+def _options(stage: Stage) -> dict[str, Any]:
+    return {name: getattr(stage, name) for name in ("steps", "width", "coupling", "bins")}
 
 
 def _weight(stage: Stage) -> Any:

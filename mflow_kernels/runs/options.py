@@ -12,6 +12,9 @@ Domain = Literal["latent", "data"]
 Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 Coupling = Literal["affine", "spline"]
+ImageFlow = Literal["glow", "jet"]
+Optimizer = Literal["adamw", "muon"]
+RateSchedule = Literal["cosine", "constant"]
 MAX_BINS = 64
 
 
@@ -43,19 +46,31 @@ class ModelOptions:
     """Model.
 
     Args:
-        levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
-        coupling: Couplings of the image flow's steps, affine or monotone splines.
+        flow: The image flow: glow has convolutions, levels and steps; jet has vision transformers
+            on patches, and costs more.
+        levels: Levels of a glow. Each halves the image, so 2^levels must divide its size.
+        coupling: Couplings of a glow's steps, affine or monotone splines.
         bins: Bins of each spline, 2 to 64.
-        steps: Flow steps in each level.
-        width: Hidden channels of the image flow's coupling networks.
+        steps: Flow steps in each level of a glow.
+        patch: Side of the patches of a jet in pixels, a power of 2.
+        couplings: Couplings of a jet. Each at most doubles a number, so images with constant areas,
+            such as digits, need 20 or more.
+        depth: Transformer blocks in each network of a jet.
+        heads: Attention heads of a jet, which must divide the width.
+        width: Hidden channels of the image flow's coupling networks, or channels of their tokens.
         manifold_dim: Dimensions of the manifold, taken from the coarsest latents first. A number
             that fills whole channels gives each part of the image the same number of dimensions.
     """
 
+    flow: ImageFlow = "glow"
     levels: int = 2
     coupling: Coupling = "affine"
     bins: int = 8
     steps: int = 4
+    patch: int = 2
+    couplings: int = 20
+    depth: int = 1
+    heads: int = 2
     width: int = 64
     manifold_dim: int = 64
 
@@ -204,10 +219,14 @@ class TrainingOptions:
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.
-        learning_rate: Highest learning rate of AdamW, after warm-up; it then falls along a cosine.
+        optimizer: AdamW, or Muon for the weights of the coupling networks and AdamW for the rest.
+            Muon wants about half of AdamW's learning rate.
+        learning_rate: Highest learning rate, after warm-up.
+        schedule: Course of the learning rate after warm-up: cosine, which ends at a fiftieth of the
+            highest rate, or constant.
         warm_up: Steps at the start of each stage in which the learning rate rises; at most a fifth
             of the stage.
-        weight_decay: Weight decay of AdamW on the weights of the coupling networks.
+        weight_decay: Weight decay, as AdamW's, on the weights of the coupling networks.
         clip_norm: Largest norm of the gradient; longer gradients are scaled down to it.
         loss_spike: Skip a step whose loss exceeds the mean of the last hundred losses by more than
             this many standard deviations. Steps whose loss or gradient is not finite are skipped
@@ -234,7 +253,9 @@ class TrainingOptions:
     accumulate: int = 1
     epochs: int = 8
     max_steps: int | None = None
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-2
+    schedule: RateSchedule = "cosine"
     warm_up: int = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -7,7 +7,10 @@ from typing import Any
 from mflow_kernels.data.files import read_regular
 from mflow_kernels.runs.arguments import parse_config
 
-PRESETS = ("digits", "digits_nested", "celeba64", "celeba128", "celeba256", "celebahq1024")
+PRESETS = (
+    *("digits", "digits_nested", "celeba64", "celeba128", "celeba256", "celebahq1024"),
+    *("jet_digits", "jet64"),
+)
 
 
 def preset_text(name: str) -> str:

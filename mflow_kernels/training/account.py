@@ -168,12 +168,16 @@ class Account(TorchDispatchMode):
             return args[0] if rule.returns else None
         # Some operators take 1 ms on meta tensors, so the form of their result is computed once.
         key = function, _form(args), _form([*kwargs.items()])
-        if rule.is_new and (form := self._forms.get(key)) is not None:
-            shape, stride, dtype, device = form
-            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        if rule.is_new and (forms := self._forms.get(key)) is not None:
+            made = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                for shape, stride, dtype, device in forms[1]
+            ]
+            return tuple(made) if forms[0] else made[0]
         out = function(*args, **kwargs)
-        if isinstance(out, Tensor) and out.is_meta:
-            self._forms[key] = _form(out)
+        results = out if isinstance(out, tuple) else (out,)
+        if results and all(isinstance(t, Tensor) and t.is_meta for t in results):
+            self._forms[key] = isinstance(out, tuple), [_form(t) for t in results]
         return out
 
     def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:

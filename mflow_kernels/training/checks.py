@@ -32,7 +32,7 @@ from mflow_kernels.runs.folder import (
 )
 from mflow_kernels.training.callbacks import read_metrics
 from mflow_kernels.training.memory import choose_states
-from mflow_kernels.training.module import parameter_groups
+from mflow_kernels.training.muon import moments_of
 from mflow_kernels.training.schedule import Schedule
 
 
@@ -205,13 +205,8 @@ def _resumable(
             f"data: expected the images that the run was trained on, but these differ: {different}"
         )
     read_metrics(folder / METRICS)
-    groups = [group for stage in model.stages for group in parameter_groups(stage)]
-    expected = Expected(
-        checkpoint_tensors(model),
-        [parameter for group in groups for parameter in group],
-        len(model.stages),
-        len(splits.train),
-    )
+    moments = [found for stage in model.stages for found in moments_of(stage, config.optimizer)]
+    expected = Expected(checkpoint_tensors(model), moments, len(model.stages), len(splits.train))
     checkpoint = newest_checkpoint(folder, expected)
     if checkpoint is None or checkpoint.progress is not None:
         return checkpoint

@@ -307,7 +307,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
     if (*argv[:1], start) in {("prepare", "data"), ("presets", "preset")}:
         return message  # these two are positional
     if start == "image_shape":
-        return "--levels" + colon + rest
+        return ("--patch" if " patch" in rest else "--levels") + colon + rest
     options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"files", "draws", "features", "feature_weights", "feature_images", "missing", "ood"}

@@ -18,9 +18,11 @@ def largest_conditions(model: nn.Module) -> dict[str, Tensor]:
     """Return the largest condition numbers in a model, by their names in the metrics.
 
     `condition` is that of W, which --max-condition bounds. `folded_condition` is that of W with
-    actnorm's scale folded in, which the flow inverts.
+    actnorm's scale folded in, which the flow inverts. A model without steps of flow has none.
     """
     steps = _steps(model)
+    if not steps:
+        return {}
     folded = [condition_number(fold([step.linear], torch.float64).weight[0]) for step in steps]
     conditions = [step.conv.condition_number() for step in steps]
     values = {"condition": conditions, "folded_condition": folded}

@@ -3,12 +3,14 @@
 The host reads its state in logged steps only, so it does not wait for the device in the others.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
+from mflow_kernels.runs.config import TrainConfig
 
 _MEMORY = 100  # steps over which the mean and variance of the loss are averaged
 # Least standard deviation of the loss, as a fraction of its size. Without it, rounding in a
@@ -104,3 +106,25 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     """Return the mean of x over all ranks; x itself without torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return over_ranks(x) / torch.distributed.get_world_size() if distributed else x
+
+
+def problem_of(reading: GuardReading, config: TrainConfig, where: str) -> str | None:
+    """Say why training cannot continue after the step `where`, or return None if it can."""
+    loss = f"{reading.loss:.4g}"
+    if not reading.drift <= config.max_drift:
+        if not math.isfinite(reading.drift) and not math.isfinite(reading.loss):
+            return f"the loss is {loss} {where}; a lower --learning-rate may help"
+        every = config.checkpoint_every
+        closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
+        return (
+            f"rebuilt states drifted by {reading.drift:.2g} {where}, more than --max-drift "
+            f"{config.max_drift:g}: the gradients would be wrong; --resume with "
+            f"{closer}--no-reversible continues the run with more memory"
+        )
+    if reading.in_a_row >= config.max_skipped:
+        return (
+            f"{reading.in_a_row} steps in a row were skipped, the last of them with a loss of "
+            f"{loss} and a gradient norm of {reading.norm:.4g}, {where}; the last checkpoint has "
+            "the weights from before these steps; a lower --learning-rate may help"
+        )
+    return None

@@ -14,21 +14,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mflow_kernels import Glow, HierarchicalFlow, VectorFlow
+from mflow_kernels import HierarchicalFlow, VectorFlow
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.named import default_shape
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import stage_sums
 from mflow_kernels.layers import ActNorm
+from mflow_kernels.models.architecture import build
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
-from mflow_kernels.runs.folder import build_model
+from mflow_kernels.runs.folder import architecture, build_model
 from mflow_kernels.training.account import Account, Kernel, counting, nbytes
+from mflow_kernels.training.muon import moments_of, orthogonal
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
 PARAMETERS, AVERAGE = "parameters and buffers", "averaged weights"
-OPTIMIZER, GRADIENTS = "optimizer (AdamW)", "gradients of the parameters"
+OPTIMIZER, GRADIENTS = "moments of the optimizer", "gradients of the parameters"
 FORWARD = "images, latents and what the forward pass keeps"
 BACKWARD = "backward pass: one step of flow, and gradients"
 LIBRARIES = 2 * 10**9  # bytes for the CUDA context, cuDNN, and blocks that the allocator keeps
@@ -43,6 +45,7 @@ class Step:
         stage: from 0.
         parameters: number of parameters of the stage's flow.
         weights: bytes of the parameters and buffers of all stages.
+        moments: bytes of the optimizer's moments of the stage's flow.
         kernels: what a GPU launches, the optimizer included.
         peak: bytes in use when most are, by `PURPOSES`.
         model: that took the step, on meta tensors.
@@ -51,6 +54,7 @@ class Step:
     stage: int
     parameters: int
     weights: int
+    moments: int
     kernels: list[Kernel]
     peak: dict[str, int]
     model: HierarchicalFlow
@@ -85,8 +89,9 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         classes = range(count_classes(config.data, config.classes))
         resolved = dataclasses.replace(resolved, class_names=list(map(str, classes)))
     with torch.device("meta"):  # run the models' own checks without allocating their tensors
-        shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
-        check_manifold_dim(config.manifold_dim, shapes)
+        flow = architecture(resolved)["stages"][0]["flow"]
+        one = {"steps": 1, "width": 1} if config.flow == "glow" else {"couplings": 1, "depth": 1}
+        check_manifold_dim(config.manifold_dim, build(flow | one).latent_shapes)
         for outer in config.flows[:-1]:
             VectorFlow(outer.dim, steps=1, width=1)
     return resolved
@@ -139,9 +144,11 @@ def step_of(
         account.purpose = AVERAGE
         average = [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())]
         account.purpose = OPTIMIZER
-        moments = [
-            torch.empty_like(p) for each in stages[: stage + 1] for p in (*each.parameters(),) * 2
-        ]
+        moments = {
+            p: [torch.empty_like(p) for _ in range(count)]
+            for each in stages[: stage + 1]
+            for p, count in moments_of(each, config.optimizer)
+        }
         parameters = [p for each in trained for p in each.parameters()]
         hooks = [
             p.register_post_accumulate_grad_hook(
@@ -163,21 +170,33 @@ def step_of(
         gradients = [cast(Tensor, p.grad) for p in parameters]
         account.add("norm of the gradients", gradients, [])
         account.add("clip", gradients, gradients)
-        own = moments[-2 * len(parameters) :]
+        account.purpose = BACKWARD
+        for p in parameters:
+            if len(moments[p]) == 1:
+                orthogonal(cast(Tensor, p.grad).flatten(1))
+        own = [moment for p in parameters for moment in moments[p]]
         account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
         account.add("average", [*parameters, *parameters], parameters)
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    count = sum(p.numel() for p in stages[stage].parameters())
+    own_parameters = list(stages[stage].parameters())
     peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
-    return Step(stage, count, sum(nbytes(t) for t in average), account.kernels, peak, model)
+    return Step(
+        stage,
+        sum(p.numel() for p in own_parameters),
+        sum(nbytes(t) for t in average),
+        sum(nbytes(t) for p in own_parameters for t in moments[p]),
+        account.kernels,
+        peak,
+        model,
+    )
 
 
 def empty_model(config: RunConfig) -> HierarchicalFlow:
     """Return the model of a configuration on meta tensors, as after its first batch."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config).to("meta")  # a permutation's order is on the CPU
     for module in model.modules():
         if isinstance(module, ActNorm):
             module.was_set = True
@@ -201,12 +220,12 @@ def _loss(
 
 
 def checkpoint_bytes(steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments.
+    """Return the size of the last checkpoint: weights, buffers, their average, and moments.
 
     Args:
         steps: of all stages.
     """
-    return 2 * steps[0].weights + 8 * sum(step.parameters for step in steps)
+    return 2 * steps[0].weights + sum(step.moments for step in steps)
 
 
 def evaluation_memory(config: RunConfig, batch: int) -> int:

@@ -22,15 +22,17 @@ from mflow_kernels.data.batches import (
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
-from mflow_kernels.layers import AffineCoupling, ReversibleChain, SplineCoupling
+from mflow_kernels.layers import ReversibleChain
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.conditions import bound_conditions, largest_conditions
+from mflow_kernels.training.coupling_networks import parameter_groups
 from mflow_kernels.training.graphs import StepGraphs, can_capture
-from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_ranks
+from mflow_kernels.training.guard import StepGuard, mean_over_ranks, problem_of
+from mflow_kernels.training.muon import MuonAdamW
 from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
@@ -176,14 +178,15 @@ class FlowTraining(LightningModule):
     def configure_optimizers(self) -> Any:
         groups, rates = [], []
         for index, stage in enumerate(self.model.stages):
-            decays = self._config.weight_decay, 0.0
-            for parameters, decay in zip(parameter_groups(stage), decays, strict=True):
-                # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
-                group = {"params": parameters, "weight_decay": decay, "initial_lr": 1.0}
-                groups.append(group)
-                rates.append(self._rate_of_stage(index))
-        # The fused optimizer can skip a step by a flag on the device.
-        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
+            networks, others = parameter_groups(stage)
+            decay, muon = self._config.weight_decay, self._config.optimizer == "muon"
+            # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
+            groups += [
+                {"params": networks, "weight_decay": decay, "initial_lr": 1.0, "muon": muon},
+                {"params": others, "weight_decay": 0.0, "initial_lr": 1.0, "muon": False},
+            ]
+            rates += [self._rate_of_stage(index)] * 2
+        optimizer = MuonAdamW(groups, lr=1.0)
         step = self.global_step
         if self._checkpoint is not None:
             state = {**optimizer.state_dict(), "state": self._checkpoint.moments}
@@ -320,29 +323,11 @@ class FlowTraining(LightningModule):
         """Wait for the device; stop training before this step's update if it cannot continue."""
         reading = self.guard.read()
         where = f"at step {self.global_step} (stage {self.stage + 1})"
-        if not reading.drift <= self._config.max_drift:
-            raise FloatingPointError(self._explain_drift(reading, where))
-        if reading.in_a_row >= self._config.max_skipped:
-            raise FloatingPointError(
-                f"{reading.in_a_row} steps in a row were skipped, the last of them with a loss of "
-                f"{reading.loss:.4g} and a gradient norm of {reading.norm:.4g}, {where}; the last "
-                "checkpoint has the weights from before these steps; a lower --learning-rate may "
-                "help"
-            )
+        if problem := problem_of(reading, self._config, where):
+            raise FloatingPointError(problem)
         self._measured |= {"skipped": reading.skipped, "gradient_norm": norm}
         if drift is not None:
             self._measured["drift"] = drift
-
-    def _explain_drift(self, reading: GuardReading, where: str) -> str:
-        if not math.isfinite(reading.drift) and not math.isfinite(reading.loss):
-            return f"the loss is {reading.loss:.4g} {where}; a lower --learning-rate may help"
-        every = self._config.checkpoint_every
-        closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
-        return (
-            f"rebuilt states drifted by {reading.drift:.2g} {where}, more than --max-drift "
-            f"{self._config.max_drift:g}: the gradients would be wrong; --resume with "
-            f"{closer}--no-reversible continues the run with more memory"
-        )
 
     def _bound_conditions(self, stage: int) -> None:
         # This comes before checkpoints, so that a run that resumes starts from bounded weights too.
@@ -448,33 +433,11 @@ class FlowTraining(LightningModule):
         return rate
 
     def _learning_rate(self, stage: int, done: int) -> float:
-        """Return the learning rate after `done` steps of a stage: a linear warm-up and a cosine."""
+        """Return the learning rate after `done` steps of a stage: a linear warm-up, then a cosine
+        or a constant."""
         steps = self.schedule.steps(stage)
         warm_up = max(1, min(self._config.warm_up, steps // 5))
-        falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
-        return self._highest_rates[stage] * min((done + 1) / warm_up, falling)
-
-
-def compile_networks(model: nn.Module, **options: Any) -> None:
-    """Compile every coupling network of a model in place; `options` are torch.compile's."""
-    networks = _networks(model)
-    # Dynamo limits the recompilations of a function, and all networks share one forward function.
-    # Each network shape compiles twice, with and without gradients.
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
-    for network in networks:
-        network.compile(**options)
-
-
-def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Split a stage's parameters into the weights of its coupling networks, to which weight decay
-    applies, and all others."""
-    weights = {id(p) for net in _networks(stage) for p in net.parameters() if p.dim() > 1}
-    parameters = list(stage.parameters())
-    return [p for p in parameters if id(p) in weights], [
-        p for p in parameters if id(p) not in weights
-    ]
-
-
-def _networks(model: nn.Module) -> list[nn.Module]:
-    """The coupling networks of a model."""
-    return [m.net for m in model.modules() if isinstance(m, AffineCoupling | SplineCoupling)]
+        rate = 1.0
+        if self._config.schedule == "cosine":
+            rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        return self._highest_rates[stage] * min((done + 1) / warm_up, rate)

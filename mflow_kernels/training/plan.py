@@ -30,6 +30,13 @@ def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | 
     return config.flows[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
+def _describe_flow(config: RunConfig) -> str:
+    if config.flow == "glow":
+        return f"{config.levels} levels of {config.steps} steps"
+    blocks = counted(config.depth, "block")
+    return f"{config.couplings} couplings of {blocks} on patches of {config.patch} pixels"
+
+
 def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
     """Return the part of `mflow plan` on the configuration and its peak memory.
 
@@ -48,7 +55,7 @@ def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
     parts = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     lines = [
         f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}"
-        f"{parts}; {config.levels} levels of {config.steps} steps, width {config.width}",
+        f"{parts}; {_describe_flow(config)}, width {config.width}",
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"

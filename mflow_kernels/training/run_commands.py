@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -171,7 +172,8 @@ def evaluate(
 ) -> Work:
     """Evaluate a trained model on held-out images.
 
-    Prints likelihood and reconstruction error and writes them to evaluation.json in the run folder.
+    Prints likelihood and reconstruction error, and FID, KID, precision and recall with
+    --feature-weights, and writes them to evaluation.json in the run folder.
     Then writes a report with all metrics and pictures as a web page, report.html.
 
     Args:
@@ -182,11 +184,12 @@ def evaluate(
         out: Folder for the report; by default report (with --data, report-NAME) in the run folder.
         draws: Dequantizations of each image; more than 1 adds importance-weighted bits per
             dimension.
-        feature_weights: File with the weights of the network for FID and KID (docs/evaluation.md
-            says where to get it). Without it, FID and KID are left out. Nothing is downloaded.
-        features: Network for FID and KID: inception, which FID is defined with, or the name of an
-            image classifier of torchvision.
-        feature_images: Largest number of samples and of held-out images that FID and KID compare.
+        feature_weights: File with the weights of the network for FID, KID, precision and recall
+            (docs/evaluation.md says where to get it). Without it, these are left out. Nothing is
+            downloaded.
+        features: That network: inception, which FID is defined with, or the name of an image
+            classifier of torchvision.
+        feature_images: Largest number of samples and of held-out images that these compare.
         ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
             of mflow prepare, or the name of a data set, such as digits.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
@@ -203,6 +206,7 @@ def evaluate(
         held_out_images,
     )
     from mflow_kernels.evaluation.report import ReportOptions, describe_work, write_report
+    from mflow_kernels.evaluation.sample_quality import sample_quality
     from mflow_kernels.runs.folder import EVALUATION, load_model, name_results
 
     check_at_least("draws", draws, 1)
@@ -237,12 +241,23 @@ def evaluate(
             report_skipped(skipped)
             _warn(warning)
             options = ReportOptions(
-                draws, network, feature_images, tuple(others), quick, ambient, held_out, warning
+                draws,
+                feature_images if network else 0,
+                tuple(others),
+                quick,
+                ambient,
+                held_out,
+                warning,
             )
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(loaded.model, images, n_bits, data=name)
             evaluation.write(path)
             evaluation.print()
+            if network:
+                found = sample_quality(loaded, images, network, feature_images, ambient)
+                evaluation = replace(evaluation, samples=found)
+                evaluation.write(path)
+                evaluation.print_samples()
             print(printable(str(path)))
             report = write_report(loaded, images, evaluation, folder, options)
             print(printable(str(report)))

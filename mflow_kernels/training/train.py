@@ -26,8 +26,9 @@ from mflow_kernels.training.checkpoints import CheckpointFiles, Checkpoints
 from mflow_kernels.training.checks import CheckedRun, Loaded
 from mflow_kernels.training.compilation import compile_kernels
 from mflow_kernels.training.conditions import singular_means_divergence
+from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import FlowTraining, compile_networks
+from mflow_kernels.training.module import FlowTraining
 
 
 def train_and_evaluate(run: CheckedRun) -> list[Path]:

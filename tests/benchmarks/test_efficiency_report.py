@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from own_process import ROOT, run_python
 
 # Importing the report turns off Triton's interpreter, so this runs in a process of its own.
@@ -43,6 +44,7 @@ assert _full(109, 108) == 109 / 216
 """  # noqa: E501
 
 
+@pytest.mark.long
 def test_rules(tmp_path: Path) -> None:
     script = tmp_path / "rules.py"
     script.write_text(RULES)
@@ -50,6 +52,7 @@ def test_rules(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_no_launch_is_above_its_recorded_figures(tmp_path: Path) -> None:
     """After a change that improves a launch, write the file again: `--quick --record`."""
     file = ROOT / "benchmarks" / "reports" / "efficiency_quick.json"

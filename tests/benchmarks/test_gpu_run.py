@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,7 @@ def run(
     return done, (out / "log.txt").read_text() if out.is_dir() else ""
 
 
+@pytest.mark.long
 def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     """This takes about 30 s of CPU time, because six processes import torch."""
     done, log = run(tmp_path / "out", "--rehearse", MFLOW_COMMIT="abc123", MFLOW_SECONDS="3600")

@@ -9,17 +9,20 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
+from torch import nn
 
 from benchmarks.manifold import pictures, points, tables, training
 from benchmarks.manifold.__main__ import main
-from benchmarks.manifold.comparison import about_runs
+from benchmarks.manifold.comparison import about_runs, finals
 from benchmarks.manifold.gaussians import gaussians
 from benchmarks.manifold.judge import Judge
-from benchmarks.manifold.methods import RECIPES
+from benchmarks.manifold.methods import RECIPES, names
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Store, fill_in, markdown
+from benchmarks.manifold.peers import VariationalAutoencoder
 from benchmarks.manifold.points import NOISE, PointComparison, divergence
 from benchmarks.manifold.sets import SETS, Part
+from benchmarks.manifold.tarflow import TarFlow
 from benchmarks.manifold.targets import TARGETS
 from mflow_kernels import ManifoldObjective, WeightSchedule
 from mflow_kernels.testing import assert_close, check_bijection
@@ -79,6 +82,41 @@ def test_the_mixture_flow_is_a_bijection():
     assert z.std().item() == pytest.approx(1.0, abs=0.2)
 
 
+def test_tarflow_is_a_bijection():
+    flow = TarFlow((1, 4, 4), patch=2, blocks=3, layers=2, width=8, heads=2)
+    for block in flow.blocks:
+        for parameter in block.out[1].parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    check_bijection(flow, (3, 1, 4, 4))
+
+
+def test_the_bound_of_a_linear_vae_is_its_likelihood():
+    """x = a u + s e has a Gaussian posterior. If q is it, every importance weight is p(x)."""
+    a, s = torch.tensor([1.0, 2.0]), 0.5
+    precision = 1 + a @ a / s**2
+
+    class Posterior(nn.Module):
+        def forward(self, x):
+            mean = (x @ a)[:, None] / s**2 / precision
+            return torch.cat([mean, (-precision.log() / 2).expand_as(mean)], 1)
+
+    class Likelihood(nn.Module):
+        def forward(self, u):
+            return torch.cat([u * a, torch.full((len(u), 2), math.log(s))], 1)
+
+    model = VariationalAutoencoder(Posterior(), Likelihood(), (2,), 1, samples=3)
+    x = torch.randn(5, 2)
+    expected = torch.distributions.MultivariateNormal(
+        torch.zeros(2, dtype=torch.float64), (a[:, None] * a + s**2 * torch.eye(2)).double()
+    ).log_prob(x.double())
+    assert_close(model.log_prob(x), expected, terms=20)
+    assert_close(-model.loss(x), expected, terms=20)
+    u = torch.randn(4, 1)
+    drawn, log_p = model.lift(u, temperature=0.0)
+    assert_close(drawn, (u * a).double(), terms=2)
+    assert_close(log_p, torch.full((4,), -math.log(2 * math.pi * s**2)).double(), terms=4)
+
+
 def test_a_circle_is_recovered():
     """Distances are in units of the radius (the noise is 0.05), densities in nats.
 
@@ -101,7 +139,7 @@ def test_a_circle_is_recovered():
 
 def points_of(target: str) -> PointComparison:
     grids = ((1e-3, 2e-3, 4e-3), (5.0, 10.0, 20.0))
-    return PointComparison(target, 1.0, 0.5, *grids, extensions=3, target=target)
+    return PointComparison(target, 1.0, *grids, extensions=3, target=target)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -111,8 +149,10 @@ def test_every_method_trains_and_samples(name):
     networks = compared.networks()
     data = torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 4)
     networks = dataclasses.replace(
-        networks, wide_flow=networks.flow, training_data=lambda: data, less_noise=0.02
-    )
+        networks, wide_flow=networks.flow, training_data=lambda: data, less_noise=0.02,
+        jet=networks.flow, tarflow=networks.flow, components=2,
+        variational=lambda: (nn.Linear(3, 4), nn.Linear(2, 6)),
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     method = RECIPES[name].build(networks, 10.0, generator)
     before = [p.clone() for p in method.model.parameters()]
@@ -124,8 +164,8 @@ def test_every_method_trains_and_samples(name):
     assert any(trained) == bool(steps)
     figures = compared.measure(method)
     assert all(math.isfinite(figures[key]) for key in points.METRICS)
-    for off in {False, method.off_deviation is not None}:
-        assert method.sample(4, 0.7, torch.Generator().manual_seed(0), off).shape == (4, 3)
+    for off in {False, method.density}:
+        assert method.model.sample(4, off_manifold=off).shape == (4, 3)
 
 
 def test_principal_components_are_the_gaussian_of_probabilistic_pca():
@@ -150,7 +190,7 @@ def test_principal_components_are_the_gaussian_of_probabilistic_pca():
         method.model.project(x).double(), centred @ kept + x.double().mean(0), atol=1e-4, rtol=1e-4
     )
     # With v drawn, samples have the covariance of the data, here within five standard errors.
-    drawn = method.sample(100_000, 1.0, torch.Generator().manual_seed(0), off=True).double()
+    drawn = method.model.sample(100_000, off_manifold=True).double()
     assert ((drawn.T.cov() - gaussian.covariance_matrix).abs() < 5 * 20 / 300).all()
 
 
@@ -174,28 +214,37 @@ def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_
     """Trainings are replaced by a score with a known minimum. One rate has no finite score."""
     compared = points_of("sphere")
 
-    def score(self, name, settings, seed, steps, stage):
+    def score(self, name, settings, seed, steps):
         if settings.rate > 0.03:
             return {"failed": "loss nan"}
-        distances = [abs(math.log(a / b)) for a, b in zip(settings, best, strict=True)]
-        return {"score": sum(distances)}
+        rate = settings.rate / RECIPES[name].slower
+        pairs = zip((rate, settings.weight), best, strict=True)
+        return {"validation": {"score": sum(abs(math.log(a / b)) for a, b in pairs)}}
 
     monkeypatch.setattr(PointComparison, "_train", score)
     monkeypatch.setattr(training, "step_seconds", lambda method, *_: [0.01] * len(method.phases))
     store = Store(tmp_path)
-    chosen = compared.choose(store)
-    rows = store.rows("sphere-sweep-")
+    found = names(compared.networks())
+    chosen = compared.choose(store, found)
+    rows = store.rows("sphere-run-")
     assert chosen["plain likelihood"] == (best[0], 10.0)  # it has no weight
     assert chosen["rectangular flow"] == best
     for name in chosen:
-        for key in ("rate", "weight") if RECIPES[name].weighted else ("rate",):
+        swept = RECIPES[name].weighted and RECIPES[name].weight is None
+        for key in ("rate", "weight") if swept else ("rate",):
             tried = {row[key] for row in rows if row["method"] == name}
             assert min(tried) < getattr(chosen[name], key) < max(tried)
             assert len(tried) <= 6
-    # One second, half of it for the sweep, at 0.01 s a step, in the shares of the phases.
+    # One second, at 0.01 s a step, in the shares of the phases.
     steps = {row["method"]: row["steps"] for row in rows}
-    assert steps["plain likelihood"] == [50]
-    assert steps["M-flow"] == [30, 20]
+    assert steps["plain likelihood"] == [100]
+    assert steps["M-flow"] == [85, 15]
+    assert {row["method"] for row in finals(store, "sphere")} == set(found)
+    # A longer training starts at the rate found here and the next smaller one.
+    longer = dataclasses.replace(compared, name="longer")
+    assert longer.choose(store, ["M-flow"], chosen)["M-flow"] == chosen["M-flow"]
+    tried = {row["rate"] for row in store.rows("longer-run-")}
+    assert {chosen["M-flow"].rate, chosen["M-flow"].rate / 2} <= tried
 
 
 def test_the_machine_of_a_run_is_the_one_that_recorded_it():
@@ -248,7 +297,7 @@ def test_the_frontier_shows_every_method_in_its_colour(tmp_path):
     """Made-up runs of every method, a seed each. A file of few colours must not merge them."""
     runs = [
         {"method": name, "seed": 0, "weight": 1.0, "squared_error": 0.01 * (i + 1), "bits": 3.0 + i,
-         "frechet_on_1.0": 5.0 + i, "frechet_off_1.0": None}
+         "frechet_on": 5.0 + i, "frechet_off": None}
         for i, name in enumerate(RECIPES)
     ]  # fmt: skip
     weights = [

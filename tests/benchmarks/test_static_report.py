@@ -13,6 +13,7 @@ from own_process import run_python
 from benchmarks.reports.ptx import access_bytes
 
 
+@pytest.mark.long
 def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
     """This takes 40 s of CPU time, because it compiles every kernel for three architectures."""
     saved = tmp_path / "static.json"
@@ -59,6 +60,7 @@ assert empty == [keys(model) for model in models]
 """
 
 
+@pytest.mark.long
 def test_models_that_compute_make_the_recorded_launches(tmp_path: Path) -> None:
     """The recorder's empty networks and skipped products do not change a launch.
 
@@ -123,6 +125,7 @@ print(*(report([one]) for one in planted))
 """
 
 
+@pytest.mark.long
 def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     script, saved = tmp_path / "planted.py", tmp_path / "rows.json"
     script.write_text(PLANTED)
@@ -135,79 +138,6 @@ def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     assert "not compiled: TypeError" in faults["unlaunchable_kernel"]
     # The exit codes of the report on each kernel.
     assert done.stdout.split() == ["0", "1", "1", "1"], done.stdout + done.stderr
-
-
-MENDED = """
-from benchmarks.reports import aot, static
-from benchmarks.reports.recorded import Recorded
-
-import torch
-from torch import Tensor
-
-from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.ops.coupling_conv1x1 import launch_coupling_conv1x1_backward
-from mflow_kernels.ops.rebuild_conv1x1 import launch_rebuild_conv1x1
-
-float32, bfloat16 = torch.float32, torch.bfloat16
-
-
-def state(c: int, side: int, dtype: torch.dtype = float32) -> Tensor:
-    return torch.empty(2, c, side, side, dtype=dtype).to(memory_format=torch.channels_last)
-
-
-def rebuild(c: int, side: int, dnet: torch.dtype, net: torch.dtype | None) -> aot.Launch:
-    half, square = state(c // 2, side), torch.empty(c, c)
-    (launch,) = aot.capture(
-        lambda: launch_rebuild_conv1x1(
-            (half, half), (half, half), state(c // 2, side, dnet), square, square, square[0], net,
-            True, True, square[None], square[:1],
-        )
-    )
-    return launch
-
-
-def fused_step_backward(c: int, side: int) -> aot.Launch:
-    x, square = state(c, side), torch.empty(1, c, c)
-    launch, _ = aot.capture(
-        lambda: launch_coupling_conv1x1_backward(
-            x, state(c // 2, side), torch.empty(2, 2), x, state(c, side), square, "tf32x3",
-            ScaleFunction("tanh"), False,
-        )
-    )
-    return launch
-
-
-cases = {
-    "sm_80": [
-        rebuild(96, 4, float32, float32),
-        fused_step_backward(96, 8),
-    ],
-    "sm_90": [rebuild(96, 4, bfloat16, bfloat16)],
-    "sm_100": [
-        rebuild(12, 32, bfloat16, bfloat16),
-        rebuild(48, 8, float32, None),
-    ],
-}
-aot.choose_tiles_of("sm_100")
-network = aot.capture(lambda: static.run_network(12, 512, bfloat16, (2, 64)))
-cases["sm_100"] += [launch for launch in network if launch.kernel.__name__ == "_network_kernel"]
-static.NATIVE = []
-static.network_launches = lambda size, target: []
-for target, launches in cases.items():
-    static.launches_of = lambda size: [Recorded("", launch) for launch in launches]
-    rows = static.report("standard", [target], 1)
-    assert len(rows) == len(launches)
-    print(*(f"{row.kernel} C = {row.c}, {target}: {row.faults}" for row in rows if row.faults))
-"""
-
-
-def test_launches_that_once_spilled_do_not(tmp_path: Path) -> None:
-    """The quick set's states and networks have too few channels for most of these launches."""
-    script = tmp_path / "mended.py"
-    script.write_text(MENDED)
-    done = run_python(str(script))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == [], done.stdout
 
 
 PTX = """

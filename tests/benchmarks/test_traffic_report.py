@@ -6,6 +6,7 @@ The report runs in a process of its own, because it replaces Triton's driver.
 import json
 from pathlib import Path
 
+import pytest
 from own_process import run_python
 
 from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
@@ -13,6 +14,7 @@ from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
 FUSED = ("coupling_conv1x1", "forward")
 
 
+@pytest.mark.long
 def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
     saved = tmp_path / "traffic.json"
     done = run_python("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
@@ -100,6 +102,7 @@ for warps in (4, 8):
 """
 
 
+@pytest.mark.long
 def test_planted_kernels(tmp_path: Path) -> None:
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)

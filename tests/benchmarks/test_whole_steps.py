@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from own_process import ROOT, run_python
 
 RULES = """
@@ -107,6 +108,7 @@ assert moved == 16 * hidden + rest, (moved, hidden)
 """
 
 
+@pytest.mark.long
 def test_rules() -> None:
     done = run_python("-c", RULES)
     assert done.returncode == 0, done.stderr
@@ -158,6 +160,7 @@ def test_launches_of_a_step_of_flow() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path) -> None:
     """The test counts the package's own variants, at the size of the recorded files.
 

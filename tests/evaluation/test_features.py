@@ -12,13 +12,15 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import resnet18
 
 from mflow_kernels.data.splits import load_splits
-from mflow_kernels.evaluation import features, report
+from mflow_kernels.evaluation import features, sample_quality
 from mflow_kernels.evaluation.features import (
     FeatureNetwork,
+    SampleQuality,
     _build,
     _pool_as_in_fid,
     feature_distance,
     load_feature_network,
+    precision_and_recall,
 )
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.testing import assert_close
@@ -102,21 +104,24 @@ def inception(tmp_path_factory):
 
 class TestInception:
     def test_its_features_are_those_of_torchmetrics(self, inception):
+        pytest.importorskip("torch_fidelity", reason="needs the extra test-all")
         network = load_feature_network("inception", inception)
         expected = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
         images = pixels(2, 3, 64, 64)
         assert torch.equal(network(images), expected(images))
 
+    @pytest.mark.long
     def test_evaluate_compares_held_out_images_with_samples(
         self, inception, run, images, monkeypatch
     ):
-        monkeypatch.setattr(report, "TEMPERATURES", (0.7,))
+        monkeypatch.setattr(sample_quality, "TEMPERATURES", (0.7,))
         command = ["evaluate", str(run), "--quick", "--feature-weights", str(inception)]
         assert main(command) == 0
-        (row,) = json.loads((run / "report" / "figures.json").read_text())["samples"]
+        (row,) = json.loads((run / "evaluation.json").read_text())["samples"]
         assert (row["network"], row["images"]) == ("inception", 2)
         held_out = load_splits(str(images), 8).test.batch([0, 1])
-        (samples,) = report._sample_batches(load_run(str(run), "cpu").model, 2, 0.7, ambient=False)
+        model = load_run(str(run), "cpu").model
+        (samples,) = sample_quality._sample_batches(model, 2, 0.7, ambient=False)
         network = load_feature_network("inception", inception)
         expected = feature_distance(network(held_out), network(samples))
         assert (row["distance"]["fid"], row["distance"]["kid"]) == (expected.fid, expected.kid)
@@ -184,6 +189,18 @@ class TestDistance:
         assert found.fid == pytest.approx(fid.compute().item(), rel=1e-5)
         assert found.kid == pytest.approx(kid.compute()[0].item(), rel=1e-4)
 
+    def test_it_is_that_of_torch_fidelity(self):
+        """Its eigenvalues are of a product of covariances that is not symmetric."""
+        reason = "needs the extra test-all"
+        metric = pytest.importorskip("torch_fidelity.metric_fid", reason=reason)
+        generator = torch.Generator().manual_seed(0)
+        real, fake = torch.randn(2, 200, 16, generator=generator, dtype=torch.float64)
+        fake = 0.5 * fake.roll(1, 1) + fake + 0.2
+        statistics = [metric.fid_features_to_statistics(x) for x in (real, fake)]
+        expected = metric.fid_statistics_to_metric(*statistics, verbose=False)
+        found = feature_distance(real, fake)
+        assert found.fid == pytest.approx(expected[metric.KEY_METRIC_FID], rel=1e-9)
+
     def test_fid_is_that_of_the_gaussians(self):
         generator = torch.Generator().manual_seed(0)
         real = torch.randn(50, 3, generator=generator, dtype=torch.float64)
@@ -215,3 +232,55 @@ class TestDistance:
         assert feature_distance(real, fake) == first
         assert first.kid_deviation > 0
         assert math.isfinite(first.fid)
+
+
+def by_definition(real, fake):
+    """Precision and recall by loops over pairs of images."""
+
+    def share(points, centres):
+        balls = []
+        for i, centre in enumerate(centres):
+            others = sorted(math.dist(centre, c) for j, c in enumerate(centres) if j != i)
+            balls.append((centre, others[2]))
+        covered = [any(math.dist(p, c) <= radius for c, radius in balls) for p in points]
+        return sum(covered) / len(covered)
+
+    real, fake = real.tolist(), fake.tolist()
+    return share(fake, real), share(real, fake)
+
+
+class TestPrecisionAndRecall:
+    @pytest.mark.parametrize("counts", [(4, 4), (25, 14), (14, 25)])
+    def test_they_follow_the_definition(self, counts, monkeypatch):
+        monkeypatch.setattr(features, "_DISTANCE_BLOCK", 6)
+        generator = torch.Generator().manual_seed(0)
+        real, fake = (torch.randn(n, 5, generator=generator).double() for n in counts)
+        fake += 0.7
+        found = precision_and_recall(real, fake)
+        assert found == by_definition(real, fake)
+        if counts != (4, 4):
+            assert 0 < min(found) < 1
+        distance = feature_distance(real, fake)
+        assert (distance.precision, distance.recall) == found
+        cells = SampleQuality(0.7, "resnet18", 4, distance, ambient=False).cells()
+        assert cells[-2:] == [f"{share:.3f}" for share in found]
+
+    def test_known_sets(self):
+        line = torch.arange(8.0, dtype=torch.float64)[:, None]
+        copies = torch.full((8, 1), 0.1, dtype=torch.float64)  # balls of radius 0
+        cases = {
+            "the same images": (line, line.flip(0), (1.0, 1.0)),
+            "copies of one image": (copies, copies, (1.0, 1.0)),
+            "far apart": (line, line + 100, (0.0, 0.0)),
+            "half of the images": (torch.cat([line, line + 100]), line, (1.0, 0.5)),
+            "half of the samples": (line, torch.cat([line, line + 100]), (0.5, 1.0)),
+        }
+        for name, (real, fake, expected) in cases.items():
+            assert precision_and_recall(real, fake) == expected, name
+
+    def test_few_images_have_neither(self):
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+        found = feature_distance(x, x[:3])
+        assert (found.precision, found.recall) == (None, None)
+        with pytest.raises(ValueError, match=r"^real, fake: expected more than 3 .* got 4 and 3$"):
+            precision_and_recall(x, x[:3])

@@ -95,7 +95,7 @@ class TestFull:
         shown = [f"{metrics['evaluation']['stages'][-1]['bits_per_dim']:.4f}"]
         shown.append(f"{metrics['importance_weighted_bits_per_dim']:.4f}")
         shown.append(f"{metrics['manifold_log_prob']:.1f}")
-        shown += [f"{row['distance']['fid']:.2f}" for row in metrics["samples"]]
+        shown += [f"{row['distance']['fid']:.2f}" for row in metrics["evaluation"]["samples"]]
         for row in metrics["scores"]:
             assert set(row["medians"]) == set(SCORES)
             shown.append(f"{row['medians']['ood_score']:.1f}")
@@ -110,8 +110,9 @@ class TestFull:
         assert metrics["draws"] == 3
         plain = metrics["evaluation"]["stages"][-1]["bits_per_dim"]
         assert 0 < abs(metrics["importance_weighted_bits_per_dim"] - plain) < 1
-        assert [row["temperature"] for row in metrics["samples"]] == [0.3, 0.5, 0.7, 0.85, 1.0]
-        for row in metrics["samples"]:
+        samples = metrics["evaluation"]["samples"]
+        assert [row["temperature"] for row in samples] == [0.3, 0.5, 0.7, 0.85, 1.0]
+        for row in samples:
             assert (row["network"], row["images"]) == ("resnet18", 2)  # a tenth of 12 is held out
             assert row["distance"]["fid"] > 0
         names = [row["name"] for row in metrics["scores"]]
@@ -125,6 +126,8 @@ class TestFull:
             json.loads((folder / "figures.json").read_text())
             for folder in (full, tmp_path / "new" / "report")
         )
+        assert again["evaluation"].pop("samples") == []
+        assert first["evaluation"].pop("samples")
         for name in ("evaluation", "deviation", "manifold_log_prob", "spectrum"):
             assert first[name] == again[name]
         assert [row["medians"] for row in first["scores"][:3]] == [
@@ -144,8 +147,8 @@ class TestMissingParts:
         assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
         metrics = json.loads((run / "report-faces" / "figures.json").read_text())
         page = Page((run / "report-faces" / "report.html").read_text())
-        starts = ["FID and KID", "OOD score and local dimension", "density on the manifold"]
-        starts.append("intrinsic dimension")
+        starts = ["FID, KID, precision and recall", "OOD score and local dimension"]
+        starts += ["density on the manifold", "intrinsic dimension"]
         starts.append("typicality, latent score, OOD score and local dimension")
         assert [line.partition(":")[0] for line in metrics["missing"]] == starts
         assert str(gone) in metrics["missing"][-1]

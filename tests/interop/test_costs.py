@@ -45,13 +45,13 @@ LEFT = {
         "a matrix between couplings of vectors",
     ),
     "images": (lambda: freia(4, 8, 8), ""),
-    "unequal parts": (lambda: freia(5, 8, 8), "unequal parts of fewer than 63 channels"),
+    "unequal parts": (lambda: freia(5, 8, 8), "do not keep half of fewer than 63 channels"),
     "wide unequal parts": (lambda: freia(63, 4, 4), ""),
     "learned matrices": (lambda: wide(130), "a learned matrix of more than 128 channels"),
     "narrow learned matrices": (lambda: wide(128), ""),
     "linear maps": (
         lambda: nt.CompositeTransform([nt.RandomPermutation(6), nt.LULinear(6)]),
-        "without a coupling",
+        "it has no coupling",
     ),
 }
 

@@ -367,6 +367,28 @@ def test_log_sigmoid_stays_finite():
     torch.testing.assert_close(layer.inverse(vectors(2))[1], torch.full((64,), -120.0))
 
 
+def test_infinite_parameters_of_a_masked_coupling_become_nan():
+    layer = real_nvp(layers=1).flows[0]
+    with torch.no_grad():
+        layer.t.net[-1].bias[1] = torch.inf
+    assert layer.inverse(vectors(2))[0][:, 1].isnan().all()
+    accelerate(layer)
+    assert layer.inverse(vectors(2))[0][:, 1].isnan().all()
+
+
+def test_actnorms_that_a_checkpoint_resets_are_set_again():
+    model = real_nvp()
+    accelerate(model)
+    start = copy.deepcopy(model.state_dict())
+    actnorms = [m for m in model.flows if isinstance(m, nf.flows.ActNorm)]
+    for scale in (1.0, 3.0):
+        model.inverse_and_log_det(scale * vectors(2))
+        z, _ = model.inverse_and_log_det(scale * vectors(2))
+        assert all(m.data_dep_init_done for m in actnorms)
+        torch.testing.assert_close(z.std(0, correction=0), torch.ones(2), rtol=0.05, atol=0)
+        model.load_state_dict(start)
+
+
 def test_accelerating_again_and_reversibly():
     """Accelerating twice equals accelerating once; copies have their own sequences."""
     model = initialized(MODELS["glow"])

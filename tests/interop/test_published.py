@@ -1,4 +1,4 @@
-"""Weights in the layouts of openai/glow and rosinality/glow-pytorch.
+"""Weights in the layouts of openai/glow, rosinality/glow-pytorch and chaiyujin/glow-pytorch.
 
 The tests write the files and compare the converted models with plain float64 code of the originals.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mflow_kernels.interop import glow_from_openai, glow_from_rosinality
+from mflow_kernels.interop import glow_from_chaiyujin, glow_from_openai, glow_from_rosinality
 
 SHAPE, LEVELS, STEPS, WIDTH = (3, 8, 8), 2, 2, 5
 
@@ -210,6 +210,85 @@ def rosinality_log_prob(v, x, affine=True):
     return total
 
 
+# chaiyujin/glow-pytorch: layers of all levels in one list, plain padding, and actnorms in networks.
+
+
+def chaiyujin_weights(affine=True, classes=0):
+    g = np.random.default_rng(2)
+    v = {}
+
+    def actnorm(name, c):
+        v[f"{name}.actnorm.bias"] = draw(g, 1, c, 1, 1)
+        v[f"{name}.actnorm.logs"] = draw(g, 1, c, 1, 1)
+
+    def zero_conv(name, c_in, c_out):
+        v[f"{name}.weight"], v[f"{name}.bias"] = draw(g, c_out, c_in, 3, 3), draw(g, c_out)
+        v[f"{name}.logs"] = draw(g, c_out, 1, 1, by=0.1)
+
+    for level, c in enumerate(level_channels()):
+        first = level * (STEPS + 2) + 1  # after the squeeze
+        for place in range(first, first + STEPS):
+            at = f"flow.layers.{place}"
+            actnorm(at, c)
+            v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(
+                g, c, c, by=0.05
+            )
+            for i, (c_in, k) in {0: (c // 2, 3), 2: (WIDTH, 1)}.items():
+                v[f"{at}.f.{i}.weight"] = draw(g, WIDTH, c_in, k, k)
+                actnorm(f"{at}.f.{i}", WIDTH)
+            zero_conv(f"{at}.f.4", WIDTH, c if affine else c // 2)
+        if level + 1 < LEVELS:
+            zero_conv(f"flow.layers.{first + STEPS}.conv", c // 2, c)
+    zero_conv("learn_top", 2 * c, 2 * c)
+    v["prior_h"] = np.zeros((4, 2 * c, 2, 2))
+    if classes:
+        v["project_ycond.weight"], v["project_ycond.bias"] = draw(g, 2 * c, classes), draw(g, 2 * c)
+        v["project_ycond.logs"] = draw(g, 2 * c)
+        v["project_class.weight"] = draw(g, classes, c)
+    return {name: torch.tensor(a) for name, a in v.items()}
+
+
+def chaiyujin_log_prob(v, x, affine=True, label=None):
+    def actnorm(at, x):
+        return (x + v[f"{at}.actnorm.bias"]) * v[f"{at}.actnorm.logs"].exp()
+
+    def zero_conv(at, x):
+        y = F.conv2d(x, v[f"{at}.weight"], v[f"{at}.bias"], padding=1)
+        return y * (3 * v[f"{at}.logs"]).exp()
+
+    total, place = torch.zeros(len(x), dtype=x.dtype), 0
+    for level in range(LEVELS):
+        x = F.pixel_unshuffle(x, 2)
+        for _ in range(STEPS):
+            place += 1
+            at = f"flow.layers.{place}"
+            mix = v[f"{at}.invconv.weight"]
+            x = torch.einsum("ij,njhw->nihw", mix, actnorm(at, x))
+            own = v[f"{at}.actnorm.logs"].sum() + mix.det().abs().log()
+            total = total + x.shape[2] * x.shape[3] * own
+            a, b = x.chunk(2, 1)
+            h = actnorm(f"{at}.f.0", F.conv2d(a, v[f"{at}.f.0.weight"], padding=1)).relu()
+            h = actnorm(f"{at}.f.2", F.conv2d(h, v[f"{at}.f.2.weight"])).relu()
+            h = zero_conv(f"{at}.f.4", h)
+            if affine:
+                s = torch.sigmoid(h[:, 1::2] + 2)
+                b = (b + h[:, 0::2]) * s
+                total = total + s.log().sum((1, 2, 3))
+            else:
+                b = b + h
+            x = torch.cat([a, b], 1)
+        if level + 1 < LEVELS:
+            x, z = x.chunk(2, 1)
+            h = zero_conv(f"flow.layers.{place + 1}.conv", x)
+            total = total + gaussian(z, h[:, 0::2], h[:, 1::2])
+            place += 2
+    top = zero_conv("learn_top", x.new_zeros(1, 2 * x.shape[1], *x.shape[2:]))
+    if label is not None:
+        row = v["project_ycond.weight"][:, label] + v["project_ycond.bias"]
+        top = top + (row * (3 * v["project_ycond.logs"]).exp())[:, None, None]
+    return total + gaussian(x, *top.chunk(2, 1))
+
+
 def images():
     return torch.rand(3, *SHAPE, dtype=torch.float64) - 0.5
 
@@ -261,6 +340,25 @@ def test_rosinality(lu, affine, tmp_path):
     assert_equal(glow, x, rosinality_log_prob(weights, x, affine))
 
 
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "additive"])
+def test_chaiyujin(affine, tmp_path):
+    weights = chaiyujin_weights(affine)
+    floats = {name: w.float() for name, w in weights.items()}
+    torch.save({"global_step": 1, "graph": floats, "optim": {}}, tmp_path / "trained.pkg")
+    x = images() + 0.5
+    glow = glow_from_chaiyujin(tmp_path / "trained.pkg", SHAPE)
+    assert_equal(glow, x, chaiyujin_log_prob(weights, x, affine))
+
+
+def test_chaiyujin_classes():
+    weights, x = chaiyujin_weights(classes=4), images()
+    with pytest.raises(ValueError, match=r"label: expected a class from 0 to 3.*got None"):
+        glow_from_chaiyujin(weights, SHAPE)
+    for label in (0, 3):
+        glow = glow_from_chaiyujin(weights, SHAPE, label=label)
+        assert_equal(glow, x, chaiyujin_log_prob(weights, x, label=label))
+
+
 def test_other_checkpoints_raise():
     variables = openai_variables()
     with pytest.raises(ValueError, match="expected '0/0/actnorm_center/b'"):
@@ -277,3 +375,9 @@ def test_other_checkpoints_raise():
     weights["blocks.0.flows.0.actnorm.loc"] += float("nan")
     with pytest.raises(ValueError, match=r"actnorm.loc' is not finite"):
         glow_from_rosinality(weights, SHAPE)
+    weights = chaiyujin_weights()
+    with pytest.raises(ValueError, match=r"expected 'flow.layers.1.actnorm.bias'"):
+        glow_from_chaiyujin({}, SHAPE)
+    weights.pop("flow.layers.5.invconv.weight")
+    with pytest.raises(ValueError, match=r"flow.layers.5.invconv.weight': only plain 1x1"):
+        glow_from_chaiyujin(weights, SHAPE)

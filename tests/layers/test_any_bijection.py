@@ -55,7 +55,7 @@ def test_round_trip_jacobian_and_logdet(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "every"),
     [
-        *((name, 2) for name in CHAINS),
+        *((name, 2) for name in (TOGETHER if KERNELS_ON_CPU else CHAINS)),
         *((name, every) for name in TOGETHER for every in (None, 1) if not KERNELS_ON_CPU),
     ],
 )

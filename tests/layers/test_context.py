@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from layers.chains import assert_all_close, gradients
 from mflow_kernels import FlowStep, Glow, VectorFlow
 from mflow_kernels.layers.networks import coupling_net
-from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.testing import assert_close, check_bijection
+from mflow_kernels.testing import assert_close
 
 
 def trained(net: nn.Module) -> nn.Module:
@@ -58,40 +57,6 @@ def test_gradients_reach_the_context(shape):
     back, negative = flow.inverse(z, context=context)
     assert_close(back, x, terms=1000)
     assert_close(negative, -logdet, terms=1000)
-
-
-@pytest.mark.skipif(KERNELS_ON_CPU, reason="many small samples, and the interpreter adds nothing")
-def test_classes_are_one_hot_vectors():
-    flow = perturbed(Glow((1, 4, 4), 2, 1, 4, context_channels=3))
-    x, classes = normal(4, 1, 4, 4), torch.tensor([2, 0, 1, 2])
-    vectors = F.one_hot(classes, 3).float()
-    value = flow.log_prob(x, context=classes)
-    assert torch.equal(value, flow.log_prob(x, context=vectors))
-    assert torch.equal(value, flow.log_prob(x, context=classes.to(torch.uint8)))
-    assert not torch.equal(value, flow.log_prob(x, context=classes.flip(0)))
-    maps = vectors[:, :, None, None].expand(-1, -1, 4, 4)
-    assert_close(flow.log_prob(x, context=maps), value, terms=100)
-    a, b = (
-        flow.sample(4, generator=torch.Generator().manual_seed(1), context=context)
-        for context in (classes, vectors)
-    )
-    assert torch.equal(a, b)
-    for c in range(3):  # one density for each class
-        check_bijection(Fixed(flow, torch.full((2,), c)), (2, 1, 4, 4))
-
-
-class Fixed(nn.Module):
-    """A flow with a fixed context."""
-
-    def __init__(self, flow: nn.Module, context: Tensor) -> None:
-        super().__init__()
-        self.flow, self.context = flow, context
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow(x, self.context[: len(x)])
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow.inverse(z, self.context[: len(z[0])])
 
 
 class Net(nn.Module):

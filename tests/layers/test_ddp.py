@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
-from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
 
@@ -37,14 +36,11 @@ def train(flow: nn.Module, x: Tensor) -> None:
     (sum(z.pow(4).sum() for z in latents) / len(x) - logdet.mean()).backward()
 
 
-def join(rank: int, folder: Path) -> None:
+def one_rank(rank: int, folder: Path) -> None:
+    """Compute and save what all tests check on one rank, so that they share a pair of processes."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-
-
-def one_rank(rank: int, folder: Path) -> None:
-    join(rank, folder)
     flow, x = glow(), batch().chunk(RANKS)[rank]
     flow.initialize(x)
     train(DistributedDataParallel(flow), x)
@@ -54,7 +50,15 @@ def one_rank(rank: int, folder: Path) -> None:
         # The other rank's batch is finite, but both ranks must raise.
         glow().initialize(x * float("inf") if rank == 0 else x)
     (folder / f"events{rank}").write_text(" ".join(exchanges(flow, x)))
+    torch.save(sharded(x), folder / f"sharded{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(one_rank, (folder,), nprocs=RANKS)
+    return folder
 
 
 def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
@@ -82,9 +86,7 @@ def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
     return events
 
 
-def sharded(rank: int, folder: Path) -> None:
-    join(rank, folder)
-    x = batch().chunk(RANKS)[rank]
+def sharded(x: Tensor) -> list[list[Tensor]]:
     gradients = []
     for kind in ("static graph", "sharded"):
         flow = glow().to(memory_format=torch.contiguous_format)  # FSDP's condition
@@ -98,36 +100,33 @@ def sharded(rank: int, folder: Path) -> None:
             train(parallel, x)
         found = [p.grad for p in flow.parameters()]
         gradients.append([g.full_tensor() if isinstance(g, DTensor) else g for g in found])
-    torch.save(gradients, folder / f"sharded{rank}.pt")
     flow = glow().to(memory_format=torch.contiguous_format)
     fully_shard(flow.chain.layers[1])
     with pytest.raises(TypeError, match=r"shard.*the whole chain"):
         train(flow, x)
-    dist.destroy_process_group()
+    return gradients
 
 
-@pytest.mark.skipif(KERNELS_ON_CPU, reason="two processes, and the interpreter adds nothing")
-def test_a_static_graph_and_sharded_weights(tmp_path: Path) -> None:
+@not_about_kernels
+def test_a_static_graph_and_sharded_weights(ranks: Path) -> None:
     """DDP with `static_graph`, and FSDP2 of the whole flow. Layers cannot be sharded one by one,
     because a chain does not call them."""
-    torch.multiprocessing.spawn(sharded, (tmp_path,), nprocs=RANKS)
     flow = glow()
     train(flow, batch())
-    for kind in torch.load(tmp_path / "sharded0.pt", weights_only=True):
+    for kind in torch.load(ranks / "sharded0.pt", weights_only=True):
         for found, p in zip(kind, flow.parameters(), strict=True):
             assert p.grad is not None
             assert_close(found, p.grad, terms=1000)
 
 
 @not_about_kernels
-def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+def test_gradients_and_initialization_are_those_of_the_joined_batch(ranks: Path) -> None:
     """Gradients are exchanged level by level, during the backward pass."""
-    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=RANKS)
     flow = glow()
     flow.initialize(batch())
     train(flow, batch())
     for rank in range(RANKS):
-        state, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        state, gradients = torch.load(ranks / f"{rank}.pt", weights_only=True)
         for name, value in flow.state_dict().items():
             if value.is_floating_point():
                 assert_close(state[name], value, terms=1000, name=f"{name} of rank {rank}")
@@ -135,7 +134,7 @@ def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Pa
             assert p.grad is not None
             assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
         # Gradients of the second level are exchanged before the first level is undone.
-        events = (tmp_path / f"events{rank}").read_text().split()
+        events = (ranks / f"events{rank}").read_text().split()
         first, last = (i for i, event in enumerate(events) if event == "undo")
         assert "exchange" in events[first:last]
         assert "exchange" in events[last:]

@@ -135,7 +135,8 @@ def test_a_padded_batch_is_its_sequences(name: str) -> None:
         assert_close(logdet[i : i + 1], own_logdet, terms=1000, scale=10.0)
 
 
-@every_chain
+# Masks are applied between launches, so interpreters run one chain of all kinds of layers.
+@pytest.mark.parametrize("name", ["mixed"] if KERNELS_ON_CPU else CHAINS)
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
 def test_gradients_are_those_of_the_sequences(name: str, backwards: bool) -> None:
     """Padding has no gradient and adds none, with rebuilt and with stored states."""
@@ -163,7 +164,7 @@ def test_gradients_are_those_of_the_sequences(name: str, backwards: bool) -> Non
         return (padded if len(padded) > 1 else padded[0]), torch.cat(logdets)  # type: ignore[return-value]
 
     want = gradients(plain, *inputs, call=sequences)
-    for every in (None, 2):
+    for every in (2,) if KERNELS_ON_CPU else (None, 2):
         for reversible in (False, True):
             how = {"reversible": reversible, "checkpoint_every": every, "masked": True}
             chain = chain_of(name, **how)
@@ -206,7 +207,7 @@ def test_the_contract_of_a_bijection(name: str) -> None:
 
 
 @compiles
-@pytest.mark.parametrize("name", ["Glow-TTS", "spline"])
+@pytest.mark.parametrize("name", ["step", "spline"])
 def test_stored_chains_compile_whole(name: str) -> None:
     torch.compiler.reset()
     chain, (x, mask) = chain_of(name, masked=True, reversible=False), batch()

@@ -36,10 +36,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stages", ["one", "all"])
-def test_each_sample_has_the_method_of_its_own_context(method, stages):
+def test_each_sample_has_the_method_of_its_own_context(method):
     """A batch with mixed contexts gives what each context gives alone, and contexts differ."""
-    model = hierarchy() if stages == "all" else hierarchy().stages[0]
+    model = hierarchy()
     x = normal(*X, dtype=torch.float64)
     call = METHODS[method]
     mixed = call(model, x, CLASSES)

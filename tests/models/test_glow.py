@@ -1,6 +1,3 @@
-import copy
-import io
-
 import pytest
 import torch
 from cases import normal, perturbed
@@ -27,16 +24,6 @@ def test_latent_shapes(shape, levels, expected):
     assert logdet.shape == (2,)
 
 
-@pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize(
-    "setup", [((1, 2, 4), 1, 2), ((1, 4, 4), 2, 1), ((1, 8, 8), 3, 1)], ids=str
-)
-def test_jacobian(setup, reversible, device):
-    shape, levels, steps = setup
-    glow = Glow(shape, levels, steps, 3, reversible=reversible).to(device)
-    check_bijection(glow, (2, *shape))
-
-
 def test_a_new_flow_only_rotates():
     """Couplings and actnorms start as the identity, so a new Glow preserves volume."""
     x = normal(2, 3, 8, 8)
@@ -44,20 +31,6 @@ def test_a_new_flow_only_rotates():
     assert_close(logdet, torch.zeros(2), scale=1.0, terms=10_000)
     norms = torch.stack([part.square().flatten(1).sum(1) for part in z]).sum(0)
     assert_close(norms, x.square().flatten(1).sum(1), terms=192)
-
-
-def test_copies_and_pickles_after_training():
-    glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
-    x = normal(2, 1, 4, 4)
-    z, logdet = glow(x)
-    logdet.sum().backward()  # a reversible backward pass stores its drift in the chain
-    stored = io.BytesIO()
-    torch.save(glow, stored)
-    stored.seek(0)
-    for other in (copy.deepcopy(glow), torch.load(stored, weights_only=False)):
-        found = other(x)
-        torch.testing.assert_close(found, (z, logdet), rtol=0, atol=0)
-        found[1].sum().backward()
 
 
 @pytest.mark.parametrize("reversible", [True, False])

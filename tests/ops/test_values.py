@@ -23,6 +23,7 @@ from cases import (
 
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_eager
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
@@ -78,12 +79,16 @@ def test_layouts_of_state_and_params_may_differ(op, device):
 @every
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_dtypes(op, dtypes, device):
+    if KERNELS_ON_CPU and "numbers" in op.inputs:
+        pytest.skip("the kernels are those of the spline couplings")
     assert_matches(op, sample(op, (2, 5, 3, 4), dtypes, device))
 
 
 @every_coupling
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
 def test_scales(op, scale, device):
+    if KERNELS_ON_CPU and "weight" in op.inputs and scale not in (SCALES[0], SCALES[-1]):
+        pytest.skip("the function of the couplings without a product")
     assert_matches(op, sample(op, (2, 5, 3, 4), device=device), scale)
     double = (torch.float64, torch.float64)
     assert_matches(op, sample(op, (2, 5, 3, 4), double, device), scale)

@@ -25,7 +25,7 @@ from mflow_kernels.runs.folder import (
 )
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import parameter_groups
+from mflow_kernels.training.coupling_networks import parameter_groups
 
 DEEP = 100_000
 BYTES = {
@@ -152,7 +152,7 @@ CRAFTED = {
 def expected(trained):
     model = build_model(read_config(trained))
     groups = [group for stage in model.stages for group in parameter_groups(stage)]
-    return Expected(checkpoint_tensors(model), [p for group in groups for p in group], 2, 10)
+    return Expected(checkpoint_tensors(model), [(p, 2) for group in groups for p in group], 2, 10)
 
 
 @pytest.mark.parametrize("kind", CRAFTED)

@@ -20,11 +20,12 @@ from tiny_runs import checkpoint, listing, metrics, refused, weights, write_imag
 
 import mflow_kernels
 from mflow_kernels import HierarchicalFlow
-from mflow_kernels.layers import SplineCoupling
+from mflow_kernels.layers import AffineCoupling, SplineCoupling
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import FlowTraining, parameter_groups
+from mflow_kernels.training.coupling_networks import parameter_groups
+from mflow_kernels.training.module import FlowTraining
 from training.stopped_runs import assert_same_run, exit_code, start, train_until
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
@@ -243,10 +244,14 @@ class TestExports:
         torch.testing.assert_close(*saved, rtol=0, atol=0)
 
 
-def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, monkeypatch):
+SPLINES = "--coupling spline --bins 3 --stage-coupling spline --stage-bins 4"
+JET = "--optimizer muon --flow jet --patch 2 --couplings 3 --depth 1 --heads 2 --width 4"
+
+
+@pytest.mark.parametrize("options", [SPLINES, JET], ids=["splines", "jet"])
+def test_other_flows_train_resume_sample_and_export(options, command, tmp_path, monkeypatch):
     """The run stops in the first step of its second stage."""
-    command += ["--coupling", "spline", "--bins", "3"]
-    command += ["--stage-coupling", "spline", "--stage-bins", "4"]
+    command += options.split()
     run = tmp_path / "run"
     assert main(command) == 0
     whole = run.rename(tmp_path / "whole")
@@ -257,13 +262,19 @@ def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, mo
     assert main(["evaluate", str(run), "--quick"]) == 0
     assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
     model = HierarchicalFlow.from_pretrained(tmp_path / "export")
-    assert [(s.flow.coupling, s.flow.bins) for s in model.stages] == [("spline", 3), ("spline", 4)]
+    if options == SPLINES:
+        found = [(s.flow.coupling, s.flow.bins) for s in model.stages]
+        assert found == [("spline", 3), ("spline", 4)]
+    else:
+        jet = model.stages[0].flow
+        assert (jet.patch, jet.couplings, jet.depth, jet.heads, jet.width) == (2, 3, 1, 2, 4)
     x = torch.rand(3, 1, 8, 8) - 0.5
     with torch.no_grad():
         assert torch.equal(model.log_prob(x), load_run(str(run), "cpu").model.log_prob(x))
-    networks = [m.net for m in model.modules() if isinstance(m, SplineCoupling)]
+    networks = [m.net for m in model.modules() if isinstance(m, SplineCoupling | AffineCoupling)]
     decayed = {p for stage in model.stages for p in parameter_groups(stage)[0]}
-    assert decayed >= {p for net in networks for p in net.parameters() if p.dim() > 1}
+    layers = [m for net in networks for m in net.modules()]
+    assert decayed == {m.weight for m in layers if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
 
 
 def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch):

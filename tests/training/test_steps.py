@@ -15,8 +15,9 @@ from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
+from mflow_kernels.training.coupling_networks import compile_networks
 from mflow_kernels.training.guard import StepGuard
-from mflow_kernels.training.module import FlowTraining, compile_networks
+from mflow_kernels.training.module import FlowTraining
 from training.spies import spy
 from training.stopped_runs import assert_same_run, train_until
 
@@ -235,6 +236,13 @@ class TestStages:
             [earlier[0], 0.003, 0.0],
             [earlier[1], earlier[1], 0.0005],
         ]
+
+    def test_a_run_can_resume_with_a_constant_rate(self, command, tmp_path, monkeypatch):
+        train_until(4, [*command, "--save-steps", "1"], monkeypatch)
+        assert main([*command, "--resume", "--schedule", "constant"]) == 0
+        rates = [float(row["learning_rate"]) for row in rows(tmp_path / "run")]
+        assert rates[1] < rates[0] == pytest.approx(0.002)
+        assert rates[4:] == pytest.approx([0.0025, 0.0025])  # the highest of a further stage
 
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):

@@ -283,7 +283,10 @@ class FreiaAdapter(Adapter):
         if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
         if len(layer.dims_in) > 1:
-            return f"it changes {len(layer.dims_in)} states at once, our kernels change one"
+            return (
+                f"it changes {len(layer.dims_in)} states at once, and layers of mflow_kernels "
+                "change one"
+            )
         return super().why_left(layer)
 
     def kind_of(self, cls: type) -> str:

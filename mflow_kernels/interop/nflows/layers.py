@@ -170,7 +170,7 @@ def layers_of(nt: Any, affine: tuple[type, ...] = ()) -> dict[type, PartsOf]:
     """
 
     def composite(layer: Any) -> tuple[Part, ...] | str:
-        why = "our kernels do not have all of its transforms"
+        why = "mflow_kernels does not have all of its transforms"
         parts: list[Part] = []
         for child in layer._transforms:
             if type(child) not in layers:

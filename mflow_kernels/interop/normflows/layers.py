@@ -233,7 +233,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 def parts_of(layer: nn.Module) -> tuple[Part, ...] | str:
     """Return the parts of a layer, data -> latent, or the reason why our kernels have none."""
     if type(layer) not in LAYERS:
-        return "our kernels have no such layer"
+        return "mflow_kernels has no such layer"
     return LAYERS[type(layer)](layer)
 
 
