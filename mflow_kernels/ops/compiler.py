@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 else:
     TRITON_INSTALLED = True
 
-# Whether kernels in Gluon can be compiled: its interface changes with Triton's versions, and
+# Whether kernels in Gluon can be compiled. Its interface changes with Triton's versions, and
 # Triton's interpreter does not know it.
 GLUON = triton.__version__.startswith("3.9.") and not triton.knobs.runtime.interpret
 

@@ -70,10 +70,11 @@ def _add_rows(
 
 @gluon.jit
 def _store_sums(
-    row_sums, sums, first, tile, PIXELS, C_OUT: gl.constexpr, P: gl.constexpr, OUT: gl.constexpr
-):
+    row_sums, sums, first, tile, PIXELS, C_OUT: gl.constexpr, P: gl.constexpr, J: gl.constexpr,
+    OUT: gl.constexpr,
+):  # fmt: skip
     p = tile * P + gl.arange(0, P, gl.SliceLayout(1, OUT))
-    j = first + gl.arange(0, sums.shape[1], gl.SliceLayout(0, OUT))
+    j = first + gl.arange(0, J, gl.SliceLayout(0, OUT))
     value = gl.convert_layout(sums.to(row_sums.dtype.element_ty), OUT)
     at = row_sums + p.to(gl.int64)[:, None] * (3 * C_OUT) + j[None, :]
     gl.store(at, value, mask=(p < PIXELS)[:, None] & (j < 3 * C_OUT)[None, :])
@@ -196,5 +197,5 @@ def _hopper_network_kernel(
         rest = _add_rows(rest, h2_held, w3, tile_r, BLOCK_J, block, p_of_r, W, C_OUT, WIDTH, N, K,
                          P, COPY)  # fmt: skip
     async_copy.wait_group(0)
-    _store_sums(row_sums, sums, 0, tile, PIXELS, C_OUT, P, OUT)
-    _store_sums(row_sums, rest, BLOCK_J, tile, PIXELS, C_OUT, P, OUT)
+    _store_sums(row_sums, sums, 0, tile, PIXELS, C_OUT, P, BLOCK_J, OUT)
+    _store_sums(row_sums, rest, BLOCK_J, tile, PIXELS, C_OUT, P, BLOCK_R, OUT)
