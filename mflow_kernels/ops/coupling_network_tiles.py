@@ -96,7 +96,8 @@ class Tile(NamedTuple):
 
     `block_r` has columns of taps too. In the forward launch these are the columns that `block_j`
     leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0. If `held`,
-    it keeps its weights in shared memory for all tiles of a program.
+    it keeps its weights in shared memory for all tiles of a program. If `gluon`, the launch is one
+    of `coupling_network_hopper`, in which `block_j` and `block_r` share the columns of d h1 too.
     """
 
     block_p: int
@@ -107,6 +108,7 @@ class Tile(NamedTuple):
     stages: int = 1
     block_r: int = 0
     held: bool = False
+    gluon: bool = False
 
 
 # Up to this width a program has room for its columns of d W2; for wider networks a matrix product
@@ -158,12 +160,29 @@ HOPPER_TILES = {
     ),
 }
 
+# Tiles of the kernels in Gluon, by C_out, for the widths up to 512 that 128 divides. With 128 hidden
+# channels, which are one block, plain Triton computes h1 once too.
+GLUON_TILES = {
+    12: HOPPER_TILES[12, False]._replace(forward=Tile(128, 128, 32, 32, 8, 3, 16, gluon=True)),
+    24: HOPPER_TILES[24, False]._replace(
+        forward=Tile(128, 128, 32, 64, 8, 3, 16, gluon=True),
+        dh1=Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
+    ),
+    48: HOPPER_TILES[48, False]._replace(
+        forward=Tile(64, 128, 64, 128, 8, 3, 16, gluon=True),
+        dh1=Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
+    ),
+}
+
 
 def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
-    """The row of `HOPPER_TILES` for a network, if it has one."""
+    """Hopper's tiles for a network, if it has them. Those in Gluon consist of whole rows."""
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
+    if GLUON and 128 < s.width <= 512 and (found := GLUON_TILES.get(s.c_out)):
+        if not any(tile.gluon and halo(s, tile.block_p) for tile in found):
+            return found
     return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
 
 
@@ -195,38 +214,6 @@ def forward_tile(s: Shape, arch: int) -> Tile:
     if s.width <= 256:
         return Tile(64, 256, 64, columns, 8, 3)
     return Tile(32 if geforce(arch) else 64, 128, 32, columns, 8, 3)
-
-
-class HeldTile(NamedTuple):
-    """Blocks of the forward launch that holds h1 of its pixels in shared memory: pixels, columns of
-    the taps of W1 and of W3, columns of a copied tile of weights, columns of the taps of W3 that
-    are left over, and hidden channels."""
-
-    block_p: int
-    block_x: int
-    block_j: int
-    block_k: int
-    block_r: int = 16
-    block_d: int = 128
-    warps: int = 8
-    stages: int = 3
-
-
-# By C_out, where C_in is half of it. They take up to 218 KB of shared memory, and 232 registers.
-HELD_TILES = {
-    12: HeldTile(128, 128, 32, 32),
-    24: HeldTile(128, 128, 64, 32),
-    48: HeldTile(64, 256, 128, 64),
-}
-HELD_WIDTHS = (256, 384, 512)  # 128 hidden channels are one block, which computes h1 once anyway
-
-
-def held_tile(s: Shape, arch: int) -> HeldTile | None:
-    """The tile of the launch that holds h1, if the network has one."""
-    if not GLUON or hopper_tiles(s, arch) is None or s.width not in HELD_WIDTHS:
-        return None
-    tile = HELD_TILES[s.c_out]
-    return None if halo(s, tile.block_p) else tile
 
 
 def halo(s: Shape, block_p: int) -> int:
