@@ -106,6 +106,13 @@ TILE_COLUMNS = {
     "_network_kernel": {"x": "BLOCK_X", "h1": "BLOCK_K", "h2": "BLOCK_D", "row_sums": "BLOCK_J"},
     "_dh2_kernel": {"dparams": "BLOCK_J", "h2": "BLOCK_D", "dh2": "BLOCK_D"},
     "_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_X"},
+    "_hopper_network_kernel": {
+        "x": "BLOCK_X",
+        "h1": "BLOCK_D",
+        "h2": "BLOCK_D",
+        "row_sums": "BLOCK_J",
+    },
+    "_hopper_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_R"},
 }
 
 

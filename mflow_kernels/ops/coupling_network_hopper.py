@@ -65,7 +65,7 @@ def store_rows(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Store value [P, J] at columns first + 0 .. J - 1 of the given rows of y, of ROW numbers."""
-    OUT: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [WARPS, 1], [1, 0])
+    OUT: gl.constexpr = copy_layout(J, WARPS)
     there = gl.convert_layout(p < PIXELS, gl.SliceLayout(1, OUT))
     row = gl.convert_layout(row, gl.SliceLayout(1, OUT))
     j = first + gl.arange(0, J, gl.SliceLayout(0, OUT))

@@ -160,7 +160,7 @@ HOPPER_TILES = {
     ),
 }
 
-# Tiles of the kernels in Gluon, by C_out, for the widths up to 512 that 128 divides. With 128 hidden
+# Tiles of the kernels in Gluon, by C_out, for widths up to 512 that 128 divides. With 128 hidden
 # channels, which are one block, plain Triton computes h1 once too.
 GLUON_TILES = {
     12: HOPPER_TILES[12, False]._replace(forward=Tile(128, 128, 32, 32, 8, 3, 16, gluon=True)),
@@ -180,9 +180,9 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
-    if GLUON and 128 < s.width <= 512 and (found := GLUON_TILES.get(s.c_out)):
-        if not any(tile.gluon and halo(s, tile.block_p) for tile in found):
-            return found
+    found = GLUON_TILES.get(s.c_out) if GLUON and 128 < s.width <= 512 else None
+    if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
+        return found
     return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
 
 
