@@ -147,7 +147,7 @@ def widths(launch: aot.Launch) -> dict[str, int]:
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
         if name == "dx_taps":  # a program writes the taps of its own block of hidden channels
-            steps += (launch.bound["ROWS"] * launch.bound["C_IN"],)
+            steps += (launch.bound.get("ROWS", 3) * launch.bound["C_IN"],)
         run = math.gcd(*steps) * t.element_size()
         allowed[name] = math.gcd(widest(name, launch), run, t.data_ptr() % 16)
     return allowed

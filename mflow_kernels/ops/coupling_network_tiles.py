@@ -160,8 +160,9 @@ HOPPER_TILES = {
     ),
 }
 
-# Tiles of the kernels in Gluon, by C_out, for widths up to 512 that 128 divides. With 128 hidden
-# channels, which are one block, plain Triton computes h1 once too.
+# Tiles of the kernels in Gluon, by C_out. With 128 hidden channels, which are one block, plain
+# Triton computes h1 once too; with 384, eight bytes would spill.
+GLUON_WIDTHS = (256, 512)
 GLUON_TILES = {
     12: HOPPER_TILES[12, False]._replace(forward=Tile(128, 128, 32, 32, 8, 3, 16, gluon=True)),
     24: HOPPER_TILES[24, False]._replace(
@@ -180,7 +181,7 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
-    found = GLUON_TILES.get(s.c_out) if GLUON and 128 < s.width <= 512 else None
+    found = GLUON_TILES.get(s.c_out) if GLUON and s.width in GLUON_WIDTHS else None
     if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
         return found
     return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))

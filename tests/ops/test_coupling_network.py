@@ -145,7 +145,7 @@ def test_hoppers_tiles(kernel_device: torch.device, case: Case) -> None:
     s = Shape.of(given[0], case[1], case[2])
     found = tiles.hopper_tiles(s, HOPPER)
     assert found is not None
-    assert found.forward.gluon == (GLUON and case[1] > 128)
+    assert found.forward.gluon == (GLUON and case[1] in tiles.GLUON_WIDTHS)
     assert_matches(given)
 
 
@@ -159,7 +159,7 @@ def test_kernels_in_gluon_are_for_hopper_whole_rows_and_known_versions(
     other = [
         (s, 80), (s, 100), (s._replace(image_width=24), HOPPER), (s._replace(taps=1), HOPPER),
         (s._replace(itemsize=4), HOPPER), (s._replace(width=1024), HOPPER),
-        (s._replace(width=320), HOPPER), (s._replace(c_in=11), HOPPER),
+        (s._replace(width=384), HOPPER), (s._replace(c_in=11), HOPPER),
     ]  # fmt: skip
     for shape, arch in other:
         assert not tiles.forward_tile(shape, arch).gluon, (shape, arch)
