@@ -201,7 +201,7 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel.metadata.shared,
         kernel.metadata.num_warps,
         access_bytes(kernel.asm["ptx"], arguments),
-        kernel.asm["ttir"],
+        kernel.asm.get("ttir", kernel.asm["ttgir"]),  # Gluon chooses layouts itself
         kernel.asm["ttgir"],
     )
 

@@ -95,6 +95,13 @@ TILE_COLUMNS = {
     "_network_kernel": {"x": "BLOCK_X", "h1": "BLOCK_K", "h2": "BLOCK_D", "row_sums": "BLOCK_J"},
     "_dh2_kernel": {"dparams": "BLOCK_J", "h2": "BLOCK_D", "dh2": "BLOCK_D"},
     "_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_X"},
+    "_hopper_network_kernel": {
+        "x": "BLOCK_X",
+        "h1": "BLOCK_D",
+        "h2": "BLOCK_D",
+        "row_sums": "BLOCK_J",
+    },
+    "_hopper_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_R"},
 }
 
 
@@ -129,7 +136,7 @@ def widths(launch: aot.Launch) -> dict[str, int]:
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
         if name == "dx_taps":  # a program writes the taps of its own block of hidden channels
-            steps += (launch.bound["ROWS"] * launch.bound["C_IN"],)
+            steps += (launch.bound.get("ROWS", 3) * launch.bound["C_IN"],)
         run = math.gcd(*steps) * t.element_size()
         allowed[name] = math.gcd(widest(name, launch), run, t.data_ptr() % 16)
     return allowed

@@ -139,6 +139,7 @@ def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
 
 def launch_name(launch: aot.Launch) -> str:
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    name = name.removeprefix("hopper_")
     if launch.bound.get("h1") is not None and name == "network":
         return "network, kept"
     if name == "sum_taps":
@@ -153,9 +154,9 @@ def multiplications(launch: aot.Launch) -> int:
         return 0
     width = int(given["WIDTH"])
     first, last = (
-        width * int(given["TAPS"]) * int(given.get(name, 0)) for name in ("C_IN", "C_OUT")
+        width * int(given.get("TAPS", 9)) * int(given.get(name, 0)) for name in ("C_IN", "C_OUT")
     )
-    if launch.kernel.__name__ == "_network_kernel":
+    if launch.kernel.__name__ in ("_network_kernel", "_hopper_network_kernel"):
         products = first + width**2 + last
     elif launch.kernel.__name__ == "_dh2_kernel":
         products = 2 * last

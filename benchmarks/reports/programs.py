@@ -22,7 +22,9 @@ DOT = re.compile(
     r"= (?:ttng\.warp_group_dot|tt\.dot) .* : [^:]*?<(\d+)x(\d+)x\w+.* -> tensor<(\d+)x(\d+)x\w+, "
     r"(#mma\d*)>"
 )
-LOAD = re.compile(r"tt\.load .* : tensor<([\dx]+)x!tt\.ptr<(\w+)>>")
+LOAD = re.compile(
+    r"(?:tt\.load|ttg\.async_copy_global_to_local) .* : tensor<([\dx]+)x!tt\.ptr<(\w+)>"
+)
 LOOP = re.compile(r"scf\.for \S+ = (\S+) to (\S+) step (\S+) ")
 
 

@@ -119,7 +119,9 @@ class _Networks(Account):
     def add(
         self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
     ) -> None:
-        if name == "network_kernel" and len(written) == 3:  # it keeps h1 and h2 for its gradient
+        if (
+            name.endswith("network_kernel") and len(written) == 3
+        ):  # it keeps h1 and h2 for its gradient
             x, (sums, h1, _) = read[0], written
             side = x.shape[2] if x.dim() == 4 else None
             c_out = sums.shape[1] // (1 if side is None else 3)

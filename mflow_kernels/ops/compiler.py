@@ -27,6 +27,10 @@ except ModuleNotFoundError as error:
 else:
     TRITON_INSTALLED = True
 
+# Whether kernels in Gluon can be compiled. Its interface changes with Triton's versions, and
+# Triton's interpreter does not know it.
+GLUON = triton.__version__.startswith("3.9.") and not triton.knobs.runtime.interpret
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. On the host, Triton's own function takes ten calls."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import FENCES_COPIES
-from mflow_kernels.ops.compiler import cdiv
+from mflow_kernels.ops.compiler import GLUON, cdiv
 from mflow_kernels.ops.coupling_network_kernels import (
     _dh1_kernel,
     _dh2_kernel,
@@ -32,6 +32,10 @@ from mflow_kernels.ops.coupling_network_tiles import (
     partial_sums,
 )
 from mflow_kernels.ops.launch import architecture, launch, on_gpu
+
+if GLUON:
+    from mflow_kernels.ops.coupling_network_hopper import _hopper_network_kernel
+    from mflow_kernels.ops.coupling_network_hopper_backward import _hopper_dh1_kernel
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -63,19 +67,17 @@ Constants = dict[str, Any]
 
 
 @cache
-def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[tuple[int, int], Constants]:
+def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[Any, tuple[int, int], Constants]:
+    """The kernel, its grid and its constants."""
     tile = forward_tile(s, arch)
     edge = halo(s, tile.block_p)
     tiles = cdiv(s.pixels, tile.block_p - 2 * edge)
     columns = cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
     first, second, third = s.flops
-    return (tiles, columns), dict(
-        flops=columns * (cdiv(s.width, tile.block_d) * first + second) + third,
+    constants = dict(
         C_IN=s.c_in,
         WIDTH=s.width,
         C_OUT=s.c_out,
-        TAPS=s.taps,
-        HALO=edge,
         BLOCK_P=tile.block_p,
         BLOCK_X=block(s.taps * s.c_in),
         BLOCK_D=tile.block_d,
@@ -83,8 +85,17 @@ def _forward_grid(s: Shape, arch: int, pipelined: bool) -> tuple[tuple[int, int]
         BLOCK_J=tile.block_j,
         BLOCK_R=tile.block_r,
         num_warps=tile.warps,
+    )
+    if tile.gluon:
+        constants |= dict(flops=first + second + third, STAGES=tile.stages)
+        return _hopper_network_kernel, (tiles, columns), constants
+    constants |= dict(
+        flops=columns * (cdiv(s.width, tile.block_d) * first + second) + third,
+        TAPS=s.taps,
+        HALO=edge,
         num_stages=tile.stages if pipelined else 1,
     )
+    return _network_kernel, (tiles, columns), constants
 
 
 @cache
@@ -117,30 +128,35 @@ def _dh2_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
 
 
 @cache
-def _dh1_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
-    """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
+def _dh1_grid(s: Shape, arch: int, weights: bool) -> tuple[Any, int, int, int, Constants]:
+    """The kernel, blocks of hidden channels, tiles of pixels, taps of d x that it stores, and its
+    constants."""
     tile = dh1_tile(s, arch)
     stored = dx_taps(s, tile)
     first, second, _ = s.flops
-    return (
-        cdiv(s.width, tile.block_d),
-        cdiv(s.pixels, tile.block_p),
-        dict(
-            flops=(1 + weights) * first + (1 + (weights and s.sums[1] > 0)) * second,
-            C_IN=s.c_in,
-            WIDTH=s.width,
+    constants = dict(
+        flops=(1 + weights) * first + (1 + (weights and s.sums[1] > 0)) * second,
+        C_IN=s.c_in,
+        WIDTH=s.width,
+        BLOCK_P=tile.block_p,
+        BLOCK_D=tile.block_d,
+        BLOCK_K=tile.block_k,
+        BLOCK_X=block(s.taps * s.c_in),
+        num_warps=tile.warps,
+    )
+    kernel = _dh1_kernel
+    if tile.gluon:
+        kernel = _hopper_dh1_kernel
+        constants |= dict(BLOCK_J=tile.block_j, BLOCK_R=tile.block_r, STAGES=tile.stages)
+    else:
+        constants |= dict(
             TAPS=s.taps,
             ROWS=stored,
             HELD=tile.held,
-            BLOCK_P=tile.block_p,
-            BLOCK_D=tile.block_d,
-            BLOCK_K=tile.block_k,
-            BLOCK_X=block(s.taps * s.c_in),
             BLOCK_R=block(stored * s.c_in),
-            num_warps=tile.warps,
             num_stages=tile.stages,
-        ),
-    )
+        )
+    return kernel, cdiv(s.width, tile.block_d), cdiv(s.pixels, tile.block_p), stored, constants
 
 
 def launch_network(
@@ -152,9 +168,9 @@ def launch_network(
     row_sums = empty_images(x, s.tap_rows * s.c_out)
     h1 = empty_images(x, s.width) if keep else None
     h2 = empty_images(x, s.width) if keep else None
-    grid, constants = _forward_grid(s, architecture(x.device), FENCES_COPIES)
+    kernel, grid, constants = _forward_grid(s, architecture(x.device), FENCES_COPIES)
     launch(
-        _network_kernel,
+        kernel,
         grid,
         x,
         w1,
@@ -215,7 +231,7 @@ def launch_network_backward(
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     w1, w2, w3 = s.unpack(packed)
     blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device), weights)
-    blocks1, tiles1, constants1 = _dh1_grid(s, architecture(x.device), weights)
+    kernel1, blocks1, tiles1, stored, constants1 = _dh1_grid(s, architecture(x.device), weights)
     sums = s.sums
     numbers1, numbers2 = (sum(sums[:3]), sum(sums[3:])) if weights else (0, 0)
     splits1, splits2, size = partial_sums(s, weights, x.device)
@@ -229,7 +245,6 @@ def launch_network_backward(
         of2 = split(partial2.view(splits2, numbers2), sums[3:], 1)
     (dw1, dw2, db1), (dw3, db2, db3) = of1, of2
     dh2 = torch.empty_like(h2)
-    stored = constants1["ROWS"]
     taps = empty_images(x, blocks1 * stored * s.c_in)
     images = s.pixels, s.height, s.image_width
     launch(
@@ -248,7 +263,7 @@ def launch_network_backward(
         **constants2,
     )
     launch(
-        _dh1_kernel,
+        kernel1,
         (splits1, blocks1),
         dh2,
         h1,

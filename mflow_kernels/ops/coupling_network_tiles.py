@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.compiler import cdiv, next_power_of_2
+from mflow_kernels.ops.compiler import GLUON, cdiv, next_power_of_2
 from mflow_kernels.ops.launch import HOPPER, architecture
 from mflow_kernels.ops.partial_sums import multiprocessors
 
@@ -96,7 +96,8 @@ class Tile(NamedTuple):
 
     `block_r` has columns of taps too. In the forward launch these are the columns that `block_j`
     leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0. If `held`,
-    it keeps its weights in shared memory for all tiles of a program.
+    it keeps its weights in shared memory for all tiles of a program. If `gluon`, the launch is one
+    of `coupling_network_hopper`, in which `block_j` and `block_r` share the columns of d h1 too.
     """
 
     block_p: int
@@ -107,6 +108,7 @@ class Tile(NamedTuple):
     stages: int = 1
     block_r: int = 0
     held: bool = False
+    gluon: bool = False
 
 
 # Up to this width a program has room for its columns of d W2; for wider networks a matrix product
@@ -158,12 +160,30 @@ HOPPER_TILES = {
     ),
 }
 
+# Tiles of the kernels in Gluon, by C_out. With 128 hidden channels, which are one block, plain
+# Triton computes h1 once too; with 384, eight bytes would spill.
+GLUON_WIDTHS = (256, 512)
+GLUON_TILES = {
+    12: HOPPER_TILES[12, False]._replace(forward=Tile(128, 128, 32, 32, 8, 3, 16, gluon=True)),
+    24: HOPPER_TILES[24, False]._replace(
+        forward=Tile(128, 128, 32, 64, 8, 3, 16, gluon=True),
+        dh1=Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
+    ),
+    48: HOPPER_TILES[48, False]._replace(
+        forward=Tile(64, 128, 64, 128, 8, 3, 16, gluon=True),
+        dh1=Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
+    ),
+}
+
 
 def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
-    """The row of `HOPPER_TILES` for a network, if it has one."""
+    """Hopper's tiles for a network, if it has them. Those in Gluon consist of whole rows."""
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
+    found = GLUON_TILES.get(s.c_out) if GLUON and s.width in GLUON_WIDTHS else None
+    if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
+        return found
     return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
 
 

@@ -32,7 +32,8 @@ def written_arguments(kernel: Any) -> tuple[bool, ...]:
 def _stored(call: ast.Call, function: Callable[..., Any]) -> list[ast.expr]:
     """The arguments of a call that are addresses of stores."""
     if isinstance(call.func, ast.Attribute):
-        return call.args[:1] if call.func.attr.startswith("store") else []
+        in_module = isinstance(call.func.value, ast.Name) and call.func.value.id in ("tl", "gl")
+        return call.args[:1] if in_module and call.func.attr.startswith("store") else []
     called = function.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
     if not inspect.isfunction(getattr(called, "fn", called)):
         return []

@@ -11,6 +11,7 @@ from torch import Tensor
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops import coupling_network_launches as launches
 from mflow_kernels.ops import coupling_network_tiles as tiles
+from mflow_kernels.ops.compiler import GLUON
 from mflow_kernels.ops.coupling_network import (
     coupling_network,
     coupling_network_ref,
@@ -48,6 +49,7 @@ HOPPER_TILED: list[Case] = [
     ((1, 24, 5, 8), 128, 48),
     ((1, 24, 5, 8), 256, 48),
     ((1, 6, 9, 16), 512, 12),
+    ((1, 24, 9, 8), 512, 48),
     ((1, 6, 3, 7), 128, 12),  # tiles begin within a row
 ]
 
@@ -152,8 +154,30 @@ def test_tiles_layouts_and_wide_weights(
 def test_hoppers_tiles(kernel_device: torch.device, case: Case) -> None:
     given = sample(*case, torch.bfloat16, kernel_device)
     s = Shape.of(given[0], case[1], case[2])
-    assert tiles.hopper_tiles(s, HOPPER) is not None
+    found = tiles.hopper_tiles(s, HOPPER)
+    assert found is not None
+    assert found.forward.gluon == (GLUON and case[1] in tiles.GLUON_WIDTHS)
     assert_matches(given)
+
+
+def test_kernels_in_gluon_are_for_hopper_whole_rows_and_known_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s = Shape(2**15, 16, 16, 12, 24, 512, 9, 2)
+    monkeypatch.setattr(tiles, "GLUON", True)
+    assert tiles.forward_tile(s, HOPPER).gluon
+    assert tiles.dh1_tile(s, HOPPER).gluon
+    other = [
+        (s, 80), (s, 100), (s._replace(image_width=24), HOPPER), (s._replace(taps=1), HOPPER),
+        (s._replace(itemsize=4), HOPPER), (s._replace(width=1024), HOPPER),
+        (s._replace(width=384), HOPPER), (s._replace(c_in=11), HOPPER),
+    ]  # fmt: skip
+    for shape, arch in other:
+        assert not tiles.forward_tile(shape, arch).gluon, (shape, arch)
+        assert not tiles.dh1_tile(shape, arch).gluon, (shape, arch)
+    monkeypatch.setattr(tiles, "GLUON", False)
+    assert not tiles.forward_tile(s, HOPPER).gluon
+    assert not tiles.dh1_tile(s, HOPPER).gluon
 
 
 @pytest.mark.parametrize("case", [((1, 6, 10, 40), 128, 12), ((3, 6, 9, 8), 160, 6)], ids=str)

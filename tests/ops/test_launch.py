@@ -22,7 +22,7 @@ from benchmarks.harness.inputs import Draw
 from mflow_kernels.ops import channel_products, coupling_network_launches
 from mflow_kernels.ops.actnorm import _actnorm_bwd_kernel
 from mflow_kernels.ops.addresses import strided
-from mflow_kernels.ops.compiler import tl
+from mflow_kernels.ops.compiler import GLUON, tl
 from mflow_kernels.ops.coupling_conv1x1 import launch_coupling_conv1x1_backward
 from mflow_kernels.ops.coupling_kernels import _coupling_fwd_kernel
 from mflow_kernels.ops.coupling_network_kernels import _network_kernel
@@ -230,6 +230,12 @@ def test_written_arguments_are_those_that_a_kernel_stores_to():
         _rebuild_conv1x1_kernel: "x_a x_b dx_a dx_b net outer_sum dbias",
         _rebuild_conv1x1_wide_kernel: "x dx net outer_sum dbias",
     }
+    if GLUON:
+        from mflow_kernels.ops.coupling_network_hopper import _hopper_network_kernel
+        from mflow_kernels.ops.coupling_network_hopper_backward import _hopper_dh1_kernel
+
+        expected[_hopper_network_kernel] = "row_sums h1 h2"
+        expected[_hopper_dh1_kernel] = "dx_taps dw1 db1"
     for kernel, names in expected.items():
         function = getattr(kernel, "fn", kernel)
         parameters = inspect.signature(function).parameters
