@@ -19,12 +19,7 @@ from benchmarks.manifold.sets import SETS, SIDE
 from benchmarks.manifold.training import Method
 from mflow_kernels.data.dequantization import dequantize, to_image
 
-METHODS = (
-    "plain likelihood, prior flow",
-    "VAE, prior flow",
-    "M-flow",
-    "penalized, hierarchy",
-)
+METHODS = ("plain likelihood, prior flow", "VAE, prior flow", "M-flow", "penalized, hierarchy")
 SECONDS, SEEDS = 60.0, range(3)
 IMAGES, SHOWN = 200, 12
 NOISES = (0.1, 0.2)  # standard deviations, where black and white are 1 apart
