@@ -19,8 +19,8 @@ from own_process import run_python
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mflow_kernels"
 RELATIVE = (  # imports of the package, and the same from inside one folder
-    (r"^from mflow_kernels\.ops import", "from . import"),
-    (r"^from mflow_kernels\.(?:ops\.)?(\w+) import", r"from .\1 import"),
+    (r"^( *)from mflow_kernels\.ops import", r"\1from . import"),
+    (r"^( *)from mflow_kernels\.(?:ops\.)?(\w+) import", r"\1from .\2 import"),
     (r'import_module\("mflow_kernels\._C"\)', 'import_module("._C", __package__)'),
 )
 

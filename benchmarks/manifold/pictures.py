@@ -24,7 +24,7 @@ LABELS = {
 
 
 def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> None:
-    """Draw samples of every method's first seed."""
+    """Draw samples of the first seed of each method in the rows."""
     shown = {"test images": test[:COLUMNS]}
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
