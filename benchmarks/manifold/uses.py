@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.manifold import pictures
-from benchmarks.manifold.comparison import about_runs, in_order
+from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.images import comparison
 from benchmarks.manifold.judge import judge
 from benchmarks.manifold.output import Store, markdown
@@ -32,7 +32,7 @@ METRICS = {
     "half": ("error of hidden halves", ".4f"),
     "half_right": ("digits recognized", ".3f"),
     "centre": ("error of hidden centres", ".4f"),
-    "centre_right": ("digits recognized ", ".3f"),
+    "centre_right": ("digits recognized", ".3f"),
 }
 
 
@@ -111,6 +111,6 @@ def most_probable(method: Method, x: Tensor, known: Tensor, deviation: float) ->
 
 def report(store: Store) -> dict[str, str]:
     """Draw the first seed's images, and return the table."""
-    rows = in_order(store.rows("uses-"))
+    rows = sorted(store.rows("uses-"), key=lambda row: METHODS.index(row["method"]))
     pictures.draw_uses(store.folder / "uses_digits.png", rows)
     return {"digits-uses": markdown(rows, {"method": "method"}, METRICS) + about_runs(rows)}

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import nn
 
-from benchmarks.manifold import pictures, points, tables, training
+from benchmarks.manifold import pictures, points, tables, training, uses
 from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs, finals
 from benchmarks.manifold.gaussians import gaussians
@@ -80,6 +80,31 @@ def test_the_mixture_flow_is_a_bijection():
     check_bijection(flow, (4, 1))
     (z,), _ = flow(x)
     assert z.std().item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_most_probable_image_of_a_gaussian():
+    """-log p(y) + |y - x|^2 / (2 s^2) of a standard normal p has its minimum at x / (1 + s^2)."""
+
+    class Gaussian(nn.Module):
+        def log_prob(self, y):
+            return -y.square().flatten(1).sum(1) / 2
+
+    x, known = torch.randn(3, 1, 4, 4) / 4, torch.arange(16).view(4, 4) % 3 > 0
+    method = training.Method(Gaussian(), [], density=True, ambient=True)
+    found = uses.most_probable(method, x, known, 0.5)
+    assert (found - torch.where(known, x / 1.25, 0.0)).abs().max() < 1e-3
+
+
+def test_the_table_of_uses_has_the_methods_in_order(tmp_path):
+    store = Store(tmp_path)
+    images = torch.zeros(12, 1, 16, 16).int().tolist()
+    for name in reversed(uses.METHODS):
+        figures = dict.fromkeys(uses.METRICS, 0.25) | {"method": name, "seed": 0}
+        picture = {"picture": {"digits": images, "half": images, "half filled": images}}
+        store.row(f"uses-{name}-seed0", lambda row=figures | picture: row)
+    lines = uses.report(store)["digits-uses"].splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == [*uses.METHODS]
+    assert (tmp_path / "uses_digits.png").exists()
 
 
 def test_tarflow_is_a_bijection():
