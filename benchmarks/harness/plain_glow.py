@@ -82,7 +82,7 @@ class Step(nn.Module):
         return self.permutation @ lower @ upper
 
     def log_determinant(self) -> Tensor:
-        """Of W."""
+        """Return log |det W|."""
         return self.log_diagonal.sum()
 
     def mixed(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Step(nn.Module):
         return F.conv2d(log_scale.exp() * (x + bias), self.weight()[:, :, None, None])
 
     def logdet(self, x: Tensor) -> Tensor:
-        """Of `mixed`."""
+        """Return the log-determinant of `mixed` for inputs like x."""
         return x.shape[2] * x.shape[3] * (self.log_scale.sum() + self.log_determinant())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

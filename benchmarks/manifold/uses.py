@@ -1,20 +1,21 @@
 """Uses of a trained model on digits: noise removed, and hidden pixels filled in.
 
-A chart takes the most probable point of its manifold (`Chart.fit`). A flow without a penalty has no
-such manifold, so it takes the most probable image: Adam minimizes -log p(x) plus the squared
-distance from the given pixels in units of the noise.
+A chart takes the most probable point of its manifold (`Chart.most_probable`). A flow without a
+penalty has no such manifold, so it takes the most probable image: Adam minimizes -log p(x) plus the
+squared distance from the given pixels in units of the noise.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.manifold import pictures
-from benchmarks.manifold.comparison import about_runs
+from benchmarks.manifold.comparison import Comparison, Settings, about_runs
 from benchmarks.manifold.images import comparison
 from benchmarks.manifold.judge import judge
-from benchmarks.manifold.output import Store, markdown
+from benchmarks.manifold.output import Row, Store, markdown
 from benchmarks.manifold.sets import SETS, SIDE
 from benchmarks.manifold.training import Method
 from mflow_kernels.data.dequantization import dequantize, to_image
@@ -45,13 +46,15 @@ def run(store: Store, quick: bool) -> None:
         start = shorter.choose(store, [name])
         settings = longer.choose(store, [name], start)[name]
         for seed in SEEDS:
-            about = {"method": name, "seed": seed} | settings._asdict()
-            store.row(
-                f"uses-{name}-seed{seed}",
-                lambda about=about, name=name, settings=settings, seed=seed: (
-                    about | measure(longer.fit(name, settings, seed, longer.steps(store, name))[0])
-                ),
-            )
+            make = partial(_train_and_measure, longer, store, name, settings, seed)
+            store.row(f"uses-{name}-seed{seed}", make)
+
+
+def _train_and_measure(
+    compared: Comparison, store: Store, name: str, settings: Settings, seed: int
+) -> Row:
+    method, _ = compared.fit(name, settings, seed, compared.steps(store, name))
+    return {"method": name, "seed": seed} | settings._asdict() | measure(method)
 
 
 def measure(method: Method) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def measure(method: Method) -> dict[str, Any]:
     test = SETS["digits"]().test
     clean = dequantize(test.images[:IMAGES], 8, torch.Generator().manual_seed(10**6))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(10**6 + 3))
-    restore = most_probable if method.ambient else on_manifold
+    restore = most_probable_image if method.ambient else on_manifold
     found: dict[str, Any] = {}
     picture = {"digits": to_image(clean[:SHOWN])}
     everything = torch.ones(SIDE, SIDE, dtype=torch.bool)
@@ -93,10 +96,10 @@ def masks() -> dict[str, Tensor]:
 @torch.no_grad()
 def on_manifold(method: Method, x: Tensor, known: Tensor, deviation: float) -> Tensor:
     """Return the most probable point of the manifold."""
-    return method.model.decode(method.model.fit(x, deviation, known, steps=STEPS))
+    return method.model.decode(method.model.most_probable(x, deviation, known, steps=STEPS))
 
 
-def most_probable(method: Method, x: Tensor, known: Tensor, deviation: float) -> Tensor:
+def most_probable_image(method: Method, x: Tensor, known: Tensor, deviation: float) -> Tensor:
     """Return the y that minimizes -log p(y) + sum over known (y - x)^2 / (2 deviation^2)."""
     image = x.clone().requires_grad_()
     adam = torch.optim.Adam([image], lr=RATE)

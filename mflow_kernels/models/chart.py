@@ -166,7 +166,7 @@ class Chart(nn.Module, Model):
         repeated = None if each is None else torch.cat([each] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
-    def fit(
+    def most_probable(
         self,
         x: Tensor,
         deviation: float,
@@ -180,9 +180,9 @@ class Chart(nn.Module, Model):
         u minimizes -log p(u) + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
         starts from encode(x), after decode(0) has filled in the missing pixels of x, or from 0
-        where that is more probable. Each sample is fitted alone. `decode(fit(x, deviation))`
-        removes noise that is far from the manifold, where `project` can be wrong: a flow is
-        trained to project points near its manifold.
+        where that is more probable. Each sample is fitted alone. `decode(most_probable(x,
+        deviation))` removes noise that is far from the manifold, where `project` can be wrong: a
+        flow is trained to project points near its manifold.
 
         Args:
             x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
@@ -235,11 +235,11 @@ class Chart(nn.Module, Model):
         steps: int = 200,
         context: Context | None = None,
     ) -> Tensor:
-        """Return x with its missing pixels filled in from decode(u), where u is that of `fit`.
+        """Return x with its missing pixels filled in from decode(u), where u is `most_probable`.
 
-        The arguments and errors are those of `fit`; the result has no gradients.
+        The arguments and errors are those of `most_probable`; the result has no gradients.
         """
-        u = self.fit(x, deviation, known, steps=steps, context=context)
+        u = self.most_probable(x, deviation, known, steps=steps, context=context)
         return torch.where(_expanded(x, known), x, self.decode(u, context=context))
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ def test_the_most_probable_image_of_a_gaussian():
 
     x, known = torch.randn(3, 1, 4, 4) / 4, torch.arange(16).view(4, 4) % 3 > 0
     method = training.Method(Gaussian(), [], density=True, ambient=True)
-    found = uses.most_probable(method, x, known, 0.5)
+    found = uses.most_probable_image(method, x, known, 0.5)
     assert (found - torch.where(known, x / 1.25, 0.0)).abs().max() < 1e-3
 
 

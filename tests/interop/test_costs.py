@@ -157,3 +157,11 @@ def test_reversible_runs_whose_state_needs_no_gradient(name, needs_dx):
         gradients.append([*trained, *([x.grad] if needs_dx else [])])
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_reversible_nflows_permutation_and_linear():
+    torch.manual_seed(0)
+    model = nt.CompositeTransform([nt.RandomPermutation(6), nt.LULinear(6)])
+    accelerate(model, reversible=True, even_if_slower=True)
+    model(torch.randn(4, 6))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,15 +1,10 @@
 """Bijections that a user would bring to a chain. None of them knows this package but its face."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels import Bijection, ScaleFunction, ops
-
-SRFLOWS_SCALE = ScaleFunction("sigmoid", offset=2.0, eps=1e-4)
+from mflow_kernels import Bijection
 
 
 class LeakyReLU(Bijection):
@@ -68,28 +63,6 @@ class TokenCoupling(Bijection):
         a, b = z.chunk(2, dim=2)
         log_s, shift = self._params(a, context)
         return torch.cat([a, b * (-log_s).exp() - shift], 2), -log_s.flatten(1).sum(1)
-
-
-class AffineInjector(Bijection):
-    """y = s * (x + shift) of all channels, with scales and shifts of the context alone (SRFlow)."""
-
-    def __init__(self, channels: int, context: int) -> None:
-        super().__init__()
-        self.net = nn.Linear(context, 2 * channels)
-
-    def _run(
-        self, operator: Callable[..., Any], x: Tensor, context: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # The operator keeps the first half, which is empty of data here.
-        params = self.net(context)[:, :, None].expand(-1, -1, x.shape[2])
-        y, logdet = operator(torch.cat([torch.zeros_like(x), x], 1), params, SRFLOWS_SCALE)
-        return y[:, x.shape[1] :], logdet
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(ops.affine_coupling, x, *context)
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(ops.affine_coupling_inverse, z, *context)
 
 
 class Checkerboard(Bijection):

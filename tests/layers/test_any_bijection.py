@@ -9,7 +9,7 @@ import torch
 from cases import compiles, perturbed
 from torch import Tensor, nn
 
-from layers.bijections import AffineInjector, LeakyReLU, TokenCoupling
+from layers.bijections import LeakyReLU, TokenCoupling
 from layers.chains import InSequence, assert_all_close, gradients, inverse_of, parts
 from layers.table import LAYERS, TOGETHER, USERS
 from mflow_kernels import (
@@ -90,7 +90,7 @@ WITH_CONTEXT: dict[str, list[nn.Module]] = {
         AffineCoupling(4, width=4, spatial_dims=1, context_channels=3),
     ],
     "levels": [
-        *(FlowStep(4, width=4, spatial_dims=1, context_channels=3), AffineInjector(4, 3)),
+        FlowStep(4, width=4, spatial_dims=1, context_channels=3),
         Split(4, width=4, spatial_dims=1, context_channels=3),
         FlowStep(2, width=4, spatial_dims=1, context_channels=3),
     ],

@@ -15,6 +15,7 @@ from layers.chains import assert_all_close, gradients, inverse_of, parts
 from mflow_kernels import (
     ActNorm,
     AffineCoupling,
+    Bijection,
     FlowStep,
     InvertibleConv1x1,
     Permutation,
@@ -27,7 +28,7 @@ from mflow_kernels import (
     Unsqueeze,
 )
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.testing import assert_close
+from mflow_kernels.testing import assert_close, check_bijection
 
 Layers = Callable[[], list[nn.Module]]
 LINE = {"width": 4, "spatial_dims": 1}
@@ -82,7 +83,7 @@ CHAINS: dict[str, Layers] = {
         ReversibleChain([FlowStep(2, coupling="spline", bins=3, **LINE)]),
     ],
 }
-# Of the valid frames of each sequence, which need not begin with the first.
+# The valid frames of each sequence. A sequence can begin after padding.
 SPANS = (slice(0, 4), slice(0, 8), slice(4, 6))
 
 
@@ -156,6 +157,37 @@ def test_a_padded_batch_is_its_sequences(name: str, backwards: bool) -> None:
     for got, padded in zip(parts(found), expected, strict=True):
         assert_close(got, padded, terms=1000)
     assert_close(logdet, own_logdet, terms=1000, scale=10.0)
+
+
+class Packed(Bijection):
+    """A masked chain as a bijection of the valid frames (N, C, M), which stand anywhere."""
+
+    def __init__(self, chain: ReversibleChain, mask: Tensor) -> None:
+        super().__init__()
+        self.chain, self.mask = chain, mask
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        mask = self.mask[: len(x)].expand(-1, x.shape[1], -1)
+        return x.new_full(mask.shape, 3.0).masked_scatter(mask, x)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return x[self.mask[: len(x)].expand_as(x)].view(*x.shape[:2], -1)
+
+    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+        z, logdet = self.chain(self._unpacked(x), self.mask[: len(x)])
+        return tuple(map(self._packed, z)) if isinstance(z, tuple) else self._packed(z), logdet
+
+    def inverse(self, z: Tensor | tuple[Tensor, ...], *_: Tensor) -> tuple[Tensor, Tensor]:
+        state = tuple(map(self._unpacked, parts(z)))
+        x, logdet = inverse_of(self.chain, self.mask[: len(state[0])])(*state)
+        return self._packed(x), logdet
+
+
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="many small samples, and the interpreter adds nothing")
+@pytest.mark.parametrize("name", CHAINS)
+def test_masks_with_holes_keep_the_contract_of_a_bijection(name: str) -> None:
+    pairs = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.bool).repeat_interleave(2, 1)
+    check_bijection(Packed(ReversibleChain(CHAINS[name](), masked=True), pairs[:, None]), (2, 4, 4))
 
 
 @compiles

@@ -179,6 +179,6 @@ def test_inpainting_finds_the_most_probable_point():
     assert (filled - u @ a.T)[~known].abs().max() < 1e-4
     assert torch.equal(filled[:2], model.inpaint(hidden[:2], known[:2], s, steps=400))
     assert not filled.requires_grad
-    found = model.fit(hidden, s, known, steps=400)
+    found = model.most_probable(hidden, s, known, steps=400)
     assert (found - u).abs().max() < 1e-4
-    assert (model.fit(x[3:], s, steps=400) - u[3:]).abs().max() < 1e-4
+    assert (model.most_probable(x[3:], s, steps=400) - u[3:]).abs().max() < 1e-4
