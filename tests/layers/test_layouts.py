@@ -19,7 +19,6 @@ from triton.runtime.jit import JITFunction
 
 from mflow_kernels import Glow
 from mflow_kernels.interop.linear import select_channels
-from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import is_channels_last
@@ -106,7 +105,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(torch.nn.functional, "pixel_unshuffle", cuda_unshuffle)
     monkeypatch.setattr(torch.nn.functional, "pixel_shuffle", cuda_shuffle)
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    monkeypatch.setattr(PointwiseConv2d, "_reshaping_pays", lambda *_: False)  # on CPUs only
     if KERNELS_ON_CPU:
 
         def launcher(kernel: Any, grid: object) -> Callable[..., None]:
