@@ -88,24 +88,25 @@ def test_serves_what_the_loops_can_read():
 
 X, PARAMS, DY, WEIGHT, BIAS = *(torch.zeros(2, 6, 5, 4),) * 3, torch.eye(6)[None], torch.zeros(1, 6)
 HALVES, TANH = (X[:, :3], X[:, 3:]), ScaleFunction("tanh")
+HOW = TANH.args, 3, False
 
 
 def conv1x1_backward(net: Tensor | None, dx: Tensor) -> object:
-    return cpu.conv1x1_backward(
-        *(HALVES, HALVES, net, WEIGHT[0], None, None, dx), *cpu.sums(X, WEIGHT)
-    )
+    return cpu.conv1x1_backward(HALVES, HALVES, net, WEIGHT, dx)
 
 
 def couple(y: Tensor, options: tuple[Any, ...]) -> object:
-    return cpu._C.couple(1, X, PARAMS, y, X.new_empty(2, 1), options, False)  # type: ignore[union-attr]
+    return cpu._C.coupling(1, 3, X, PARAMS, y, X.new_empty(2, 1), options, False)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: cpu.couple(X, PARAMS[:, :4], TANH, False), "twice the half's channels"),
-        (lambda: cpu.couple_backward(DY[:1], X[:, 0, 0, 0], X, PARAMS, TANH, False), "one shape"),
-        (lambda: cpu.couple(X.half(), PARAMS, TANH, False), "float32 or float64"),
+        (lambda: cpu.change_half("coupling", X, PARAMS[:, :4], *HOW), "one shape"),
+        (lambda: cpu.change_half_backward("coupling", DY[:1], X[:, 0, 0, 0], X, PARAMS, *HOW),
+         "one shape"),
+        (lambda: cpu.change_half("coupling", X.half(), PARAMS, *HOW), "float32 or float64"),
+        (lambda: cpu.change_half("coupling", X, PARAMS, TANH.args, 4, False), "no larger"),
         (lambda: couple(X.double(), TANH.args), "state's dtype"),
         (lambda: couple(X, ("relu", *TANH.args[1:])), "unknown scale function relu"),
         (lambda: conv1x1_backward(None, X.transpose(2, 3)), "one stride for all pixels"),
