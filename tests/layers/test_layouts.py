@@ -120,8 +120,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             monkeypatch.setattr(kind, "__getitem__", launcher)
     else:
         for name in (
-            "couple",
-            "_coupling_backward",
+            "change_half",
+            "change_half_backward",
             "conv1x1",
             "coupling_conv1x1_backward",
             "conv1x1_backward",

@@ -71,9 +71,10 @@ def by_loops(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
     raw is the slope.
     """
     x, params = raw.new_zeros(len(raw), 2), torch.stack([raw, torch.zeros_like(raw)], dim=1)
-    ledger = cpu.couple(x, params, scale, False)[1]
+    how = params, scale.args, 1, False
+    ledger = cpu.change_half("coupling", x, *how)[1]
     ones = raw.new_ones(len(raw))
-    slope = cpu.couple_backward(x, ones, x, params, scale, False)[1][:, 0]
+    slope = cpu.change_half_backward("coupling", x, ones, x, *how)[1][:, 0]
     if scale.kind == "exp":  # s = e^raw overflows, and infinity times a gradient of 0 is NaN
         slope = slope.where(log_scale_ref(raw, scale).exp().isfinite(), 1.0)
     return ledger[:, 0], slope
