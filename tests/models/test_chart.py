@@ -85,28 +85,6 @@ def test_the_score_takes_an_estimated_density():
     assert ((got - exact).abs() < 5 * error).all()
 
 
-def test_bad_calls(model, x):
-    with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
-        model.interpolate(x, x, 1)
-    with pytest.raises(TypeError, match="steps: expected a whole number, got float"):
-        model.interpolate(x, x, 2.0)
-    with pytest.raises(ValueError, match=r"x1: expected the shape of x0 \(3, 1, 4, 4\), got \(2,"):
-        model.interpolate(x, x[:2], 3)
-    name = type(model).__name__
-    with pytest.raises(
-        TypeError, match=rf"got none; {name}.deviation\(training_data\) computes it"
-    ):
-        model.ood_score(x)
-    for deviation in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="deviation: expected a finite number > 0, got"):
-            model.ood_score(x, deviation)
-    with pytest.raises(ValueError, match="x: expected at least one sample, got shape"):
-        model.deviation(x[:0])
-    for call in (model.encode, model.log_prob, model.distance, model.manifold_log_prob):
-        with pytest.raises(TypeError, match=r"x: expected dtype float32, .* got int64"):
-            call(x.long())
-
-
 def test_empty_batches_give_empty_results(model, x):
     none = x[:0]
     assert model.encode(none).shape == (0, model.manifold_dim)
