@@ -75,8 +75,10 @@ def test_log_prob_composes():
 def test_earlier_stages_are_frozen_unless_released():
     x = normal(*X, dtype=torch.float64)
     for release in (False, True):
-        model = hierarchy(6, 4)
+        model = hierarchy(6, 4).train()
+        model.stages[0].objective = ManifoldObjective("data", weight="variance").train()
         model.terms(x, stage=1, release=release).loss.sum().backward()
+        assert model.stages[0].objective.batches == release
         grads = [p.grad is not None for p in model.stages[0].parameters()]
         assert all(grads) if release else not any(grads)
         assert all(p.grad is not None for p in model.stages[1].parameters())

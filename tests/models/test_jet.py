@@ -61,6 +61,7 @@ def test_it_is_a_bijection(setup):
 def test_gradients_of_rebuilt_states_are_those_of_stored_ones(classes):
     def gradients(reversible):
         jet = Jet((1, 8, 8), 2, 6, 1, 8, 2, context_channels=classes, reversible=reversible)
+        assert jet.chain.reversible == reversible
         jet.load_state_dict(weights)
         (z,), logdet = jet.double()(x, *context)
         return torch.autograd.grad(z.pow(3).sum() + logdet.sum(), [*jet.parameters()])
@@ -115,29 +116,6 @@ def test_the_seed_orders_the_channels_and_weights_carry_the_order():
     assert not torch.equal(first(x)[0][0], other(x)[0][0])
     other.load_state_dict(first.state_dict())
     assert torch.equal(first(x)[0][0], other(x)[0][0])
-
-
-def test_memory_is_flat_in_the_number_of_couplings():
-    """The backward pass of a reversible flow holds the activations of one network."""
-
-    def saved(couplings, reversible):
-        jet = perturbed(
-            Jet((3, 8, 8), 2, couplings, 2, 16, 2, reversible=reversible, checkpoint_every=None)
-        )
-        total = 0
-
-        def pack(t):
-            nonlocal total
-            total += 0 if isinstance(t, nn.Parameter) else t.nbytes
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            jet(normal(2, 3, 8, 8))
-        return total
-
-    state = 2 * 3 * 8 * 8 * 4
-    assert saved(24, True) - saved(6, True) < 18 * state / 8  # only log-determinants
-    assert saved(24, False) > 3.5 * saved(6, False) > 50 * state
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])

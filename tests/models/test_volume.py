@@ -80,20 +80,6 @@ def test_the_density_on_the_whole_space_is_the_ambient_density():
     assert_close(model.log_prob(x), expected_log_prob(model, x), terms=10_000)
 
 
-def test_the_estimate_is_within_its_error(device):
-    model = image_flow(8).to(device)
-    x = normal(6, 1, 4, 4, dtype=torch.float64, device=device)
-    exact = model.manifold_log_prob(x).value
-    options = {"method": "hutchinson", "probes": 24}
-    got = model.manifold_log_prob(x, generator=seeded(0, device), **options)
-    again = model.manifold_log_prob(x, generator=seeded(0, device), **options)
-    assert torch.equal(got.value, again.value)
-    assert (got.error > 0).all()
-    # Student's t with 23 degrees of freedom exceeds 5 once in 20,000 draws; there are 6 here.
-    assert ((got.value - exact).abs() < 5 * got.error).all()
-    assert (got.error < 1).all()
-
-
 def test_errors_have_the_right_size():
     """Over many independent estimates of one value, (value - exact) / error is of order 1."""
     matrix = normal(30, 12, dtype=torch.float64)
