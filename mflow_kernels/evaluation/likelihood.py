@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -92,27 +92,16 @@ class Evaluation:
 
     def print(self) -> None:
         """Print a table to stdout."""
-        table = Table(
-            title=f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
-        )
-        table.add_column("")
-        for heading in self.headings():
-            table.add_column(heading, justify="right")
-        for label, cells in self.rows():
-            table.add_row(label, *cells)
-        Console().print(table)
+        title = f"Evaluation on {self.images:,} images of {self.data}"
+        _print_table(title, ["", *self.headings()], ([name, *cells] for name, cells in self.rows()))
         print(PARTS_EXPLAINED)
         if self.class_accuracy is not None:
             print(self.accuracy_explained())
 
     def print_samples(self) -> None:
         """Print a table of the samples' metrics to stdout."""
-        table = Table(title=escape(printable(f"Samples, by features of {self.samples[0].network}")))
-        for heading in QUALITY_HEADINGS:
-            table.add_column(heading, justify="right")
-        for row in self.samples:
-            table.add_row(*row.cells())
-        Console().print(table)
+        title = f"Samples, by features of {self.samples[0].network}"
+        _print_table(title, QUALITY_HEADINGS, (row.cells() for row in self.samples))
 
     def accuracy_explained(self) -> str:
         """Return a sentence about the accuracy of the class posterior."""
@@ -120,6 +109,15 @@ class Evaluation:
             f"The class of the highest posterior is right for {self.class_accuracy:.1%} of the "
             "images (Bayes' rule with equal priors, all stages)."
         )
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(title=escape(printable(title)))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 @torch.no_grad()

@@ -62,16 +62,6 @@ def draw_images(
     _save(figure, path)
 
 
-def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
-    """Draw images, their projections and the absolute differences. Images and projections are uint8
-    (N, C, H, W); the footer gives their mean squared error."""
-    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
-    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
-    squared = (residual.float() / 255).square().mean().item()
-    footer = f"Mean squared error of these images on the [0, 1] scale: {squared:.4f}"
-    draw_images(path, title, rows, footer)
-
-
 def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> list[tuple[str, Tensor]]:
     """Break long rows into rows of at most `columns` images.
 

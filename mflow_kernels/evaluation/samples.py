@@ -13,7 +13,7 @@ from mflow_kernels.data.files import make_result
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
-from mflow_kernels.evaluation.pictures import COLUMNS, draw_residuals
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_images, in_rows
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
@@ -133,13 +133,19 @@ def draw_projections(
     number: int = COLUMNS,
     stages: int | None = None,
 ) -> None:
-    """Draw the first `number` images, their projections (see `project_images`) and the differences.
+    """Draw the first `number` images, their projections (see `project_images`) and the absolute
+    differences; the footer gives their mean squared error.
 
     The images' own classes are used, if they have any.
     """
     originals = images.first(number)
     classes = None if images.classes is None else images.classes[:number]
-    draw_residuals(path, title, originals, project_images(model, originals, stages, classes))
+    projections = project_images(model, originals, stages, classes)
+    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
+    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
+    squared = (residual.float() / 255).square().mean().item()
+    footer = f"Mean squared error of these images on the [0, 1] scale: {squared:.4f}"
+    draw_images(path, title, rows, footer)
 
 
 def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -> Tensor:
