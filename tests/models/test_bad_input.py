@@ -196,7 +196,7 @@ WEIGHTS = [
     ("data", math.inf, ValueError, "a finite number > 0, got inf"),
     ("data", None, TypeError, "a number, got NoneType"),
     ("data", "std", ValueError, "a number, a map or 'variance', got 'std'"),
-    ("latent", "variance", ValueError, f"{LATENT} 'variance': stretching v"),
+    ("latent", "variance", ValueError, f"{LATENT} 'variance': the weight"),
     ("latent", ErrorBound(0.1), ValueError, f"{LATENT} ErrorBound: the weight"),
     ("latent", WeightSchedule(2, 1, 3), ValueError, f"{LATENT} WeightSchedule: the weight"),
     ("latent", torch.ones(3), TypeError, "a tuple .* latent domain, got a Tensor"),
