@@ -124,17 +124,13 @@ def _print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[st
 def evaluate_model(
     model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str
 ) -> Evaluation:
-    """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
-    give the same metrics.
+    """Evaluate a model, in evaluation mode, on a set of images.
 
-    Args:
-        model: model in evaluation mode.
-        images: images of the model's input shape.
-        n_bits: bits of each colour channel that the model was trained on.
-        data: name of the images, shown with the results.
+    The dequantization noise is seeded, so the same images give the same metrics. `n_bits` are the
+    bits of each colour channel that the model was trained on, and `data` names the images.
 
     Raises:
-        ValueError: the images have another shape.
+        ValueError: the images have another shape than the model's.
     """
     check_image_shape(images, model)
     stages = cast(list[ManifoldFlow], list(model.stages))
@@ -209,14 +205,10 @@ def importance_weighted_bits(
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 
-    This averages -log2 of (1 / K) sum_k p(x + u_k) over the images, for K draws of the noise u. It
+    This averages -log2 of (1 / K) sum_k p(x + u_k) over the images, for K `draws` of the noise. It
     bounds the probability of an image more tightly than the mean of the log-densities, which
     `evaluate_model` reports (Burda et al., arXiv 1509.00519; Ho et al., arXiv 1902.00275, section
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
-
-    Args:
-        model, images, n_bits: see `evaluate_model`.
-        draws: K, at least 1.
     """
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)

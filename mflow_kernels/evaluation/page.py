@@ -28,13 +28,9 @@ def page(
     config: RunConfig | None,
     pictures: Mapping[str, Picture],
 ) -> str:
-    """Make the page from the template page.html.
+    """Make the page from the template page.html, without a configuration for an export.
 
-    Args:
-        metrics: the metrics to show.
-        image_shape: (C, H, W).
-        config: configuration of the run; None for an export.
-        pictures: pictures by name. A section leaves out a picture that is missing.
+    `pictures` has them by name; a section leaves out a picture that is missing.
     """
     environment = Environment(
         loader=PackageLoader("mflow_kernels", "evaluation"),

@@ -26,16 +26,11 @@ def draw_report(
     spectrum: IntrinsicDimension | None,
     ambient: bool,
 ) -> dict[str, Picture]:
-    """Draw the pictures of a report's page, by name.
+    """Draw the pictures of a report's page into a folder, and return them by name.
 
-    Args:
-        run: a trained run.
-        images: the evaluated images.
-        kind: says in the captions what `images` are, such as "held-out images".
-        folder: folder to write the PNG files to.
-        scores: for each set of images, by name, the result of `score_images`.
-        spectrum: None leaves its picture out.
-        ambient: also draw the off-manifold coordinates of samples.
+    `kind` says in the captions what the evaluated images are, such as "held-out images". `scores`
+    has the result of `score_images` for each set, by name. With `ambient`, the off-manifold
+    coordinates of samples are drawn too.
     """
     pictures: dict[str, Picture] = {}
 
