@@ -38,7 +38,6 @@ from mflow_kernels.models.volume import (
     random_signs,
 )
 from mflow_kernels.ops.checks import check_choice, check_count
-from mflow_kernels.ops.precision import without_autocast
 
 LARGEST_EXACT = 1024  # coordinates up to which the default method is exact
 
@@ -103,10 +102,7 @@ def local_dimension(
         value, error = (torch.cat(column).to(u.dtype) for column in zip(*found, strict=True))
         return Estimate(value, error)
 
-    with without_autocast(u):
-        if each is None:
-            return estimate(chart.decode, u)
-        return for_each_context(estimate, chart.decode, u, each)
+    return for_each_context(estimate, chart.decode, u, each)
 
 
 def _exact(decode: Decode, u: Tensor, scale: float, dimensions: int, max_bytes: int) -> Tensor:

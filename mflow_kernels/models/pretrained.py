@@ -151,32 +151,18 @@ def read(folder: str | Path) -> Any:
         for name in expected | tensors:
             own, found = expected.get(name), tensors.get(name)
             if own is None or found is None or own.shape != found.shape:
+                raise ValueError(f"{name} is only in one of the two files, or its shape differs")
+            if found.dtype != own.dtype or not found.isfinite().all():
                 raise ValueError(
-                    f"{name} is only in one of the two files, or its shape differs in "
-                    f"{path / WEIGHTS}"
+                    f"expected finite numbers of {own.dtype} in {name}, got others ({found.dtype})"
                 )
+        check_selection(tensors)
         classes = _classes(model)
         if len(stored.images[2]) not in (0, classes):
             raise ValueError(f"expected no class_names or {classes}, got {len(stored.images[2])}")
     except Exception as error:  # constructors may fail in any way on values that nobody wrote
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason[:300]}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype != expected[name].dtype:
-            raise ValueError(
-                f"folder: expected {name} in {path / WEIGHTS} to be {expected[name].dtype}, "
-                f"got {tensor.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"folder: expected finite numbers in {path / WEIGHTS}, but {name} has others"
-            )
-    try:
-        check_selection(tensors)
-    except ValueError as error:
-        raise ValueError(
-            f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
-        ) from None
+        raise ValueError(f"folder: {ARCHITECTURE}, {WEIGHTS} in {folder}: {reason[:300]}") from None
     laid_out = {name: _laid_out(tensor, expected[name]) for name, tensor in tensors.items()}
     model.load_state_dict(laid_out, assign=True)
     cast(Any, model).describe_images(*stored.images)
@@ -223,8 +209,6 @@ def _as(cls: type[_M], model: Any, folder: str | Path) -> _M:
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor with the strides of `like`, on the CPU."""
-    if tensor.stride() == like.stride():
-        return tensor
     empty = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
     return empty.copy_(tensor)
 
@@ -245,10 +229,8 @@ def _read_architecture(path: Path) -> _Stored:
     expected = f"folder: expected an architecture of mflow export in {path}"
     try:
         content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{expected} ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{expected}, got JSON that is nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _EARLIER):
         actual = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{expected} with format {_FORMAT!r}, got {actual!r}")

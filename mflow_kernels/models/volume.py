@@ -12,7 +12,7 @@ operators and chains run as plain torch in it. The model's own backward pass com
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -61,50 +61,40 @@ def log_volume(
     n, d = u.shape
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
-    if context is not None:
-        return for_each_context(
-            lambda own, row: log_volume(
-                own,
-                row,
-                dimensions,
-                method,
-                probes=probes,
-                iterations=iterations,
-                generator=generator,
-                max_bytes=max_bytes,
-            ),
-            decode,
-            u,
-            context,
-        )
-    with without_autocast(u):  # autocast's rounding would spoil the volume
+
+    def estimate(decode: Decode, u: Tensor) -> Estimate:
         if method == "exact":
             hint = "; method='hutchinson' estimates the log-determinant in less memory"
             found = jacobians(decode, u, dimensions, max_bytes, hint)
             value = torch.cat([_log_volume_of(j) for j in found]).to(u.dtype)
             return Estimate(value, torch.zeros_like(value))
         parts = u.split(max(1, PASS_ELEMENTS // (dimensions * probes)))
-        return _joined([_stochastic(decode, part, probes, iterations, generator) for part in parts])
+        return _joined(_stochastic(decode, part, probes, iterations, generator) for part in parts)
+
+    return for_each_context(estimate, decode, u, context)
 
 
 def for_each_context(
-    estimate: Callable[[Decode, Tensor], Estimate], decode: Decode, u: Tensor, context: Tensor
+    estimate: Callable[[Decode, Tensor], Estimate],
+    decode: Decode,
+    u: Tensor,
+    context: Tensor | None,
 ) -> Estimate:
-    """Return `estimate(decode, u)`, for one sample and its context (N, *) at a time.
+    """Return `estimate(decode, u)`.
 
-    An estimate decodes each sample many times.
+    With a context (N, *), one sample at a time: an estimate decodes each sample many times.
     """
-    rows = []
-    for row, own in zip(u.split(1), context.split(1), strict=True):
 
-        def decode_row(u: Tensor, own: Tensor = own) -> Tensor:
-            return decode(u, context=own.expand(len(u), *own.shape[1:]))
+    def of_row(row: Tensor, own: Tensor) -> Estimate:
+        return estimate(lambda u: decode(u, context=own.expand(len(u), *own.shape[1:])), row)
 
-        rows.append(estimate(decode_row, row))
-    return _joined(rows)
+    with without_autocast(u):  # autocast's rounding would spoil the result
+        if context is None:
+            return estimate(decode, u)
+        return _joined(map(of_row, u.split(1), context.split(1)))
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Estimate:
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
     return Estimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

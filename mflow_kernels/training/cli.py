@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mflow_kernels.runs.parser import OptionParser
 
 _REQUIRED = (
-    *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
-    *("tensorboard", "torchmetrics", "torchvision", "yaml"),
+    *("PIL", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "rich"),
+    *("safetensors", "tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
 # Arguments of `mflow train` that are not options of the run.
 _OF_TRAIN = {"run_dir", "overwrite", "resume", "preset", "find_learning_rate"}

@@ -57,15 +57,6 @@ def test_it_is_the_derivative_of_the_density_of_noisy_data(name, scale):
     assert (found.error == 0).all()
 
 
-def test_one_context_serves_all_samples():
-    model = perturbed(VectorFlow(4, 2, 8, context_channels=2)).double().eval()
-    model.class_names = ("circle", "square")
-    x = normal(3, 4, dtype=torch.float64)
-    each = local_dimension(model, x, 0.5, context=torch.ones(3, dtype=torch.int64)).value
-    for one in (1, "square", ["square"] * 3):
-        assert torch.equal(local_dimension(model, x, 0.5, context=one).value, each)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_agrees_with_the_exact_result(name):
     """Lanczos quadrature with as many steps as coordinates is exact but for the probes."""
