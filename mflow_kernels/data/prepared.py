@@ -81,7 +81,7 @@ class Record:
         Raises:
             ValueError, TypeError, RecursionError: `encode` did not write the text.
         """
-        values = {"attributes": {}, **json.loads(text)}  # earlier versions had no attributes
+        values = json.loads(text)
         if set(values) != {field.name for field in fields(cls)}:
             raise ValueError("its record has missing or unknown fields")
         return cls(**values)
