@@ -1,4 +1,5 @@
 """Damaged prepared files, and links in their place: refused in one line with exit code 2."""
+
 import json
 import re
 import struct
