@@ -21,7 +21,14 @@ from mflow_kernels.data.decoding import decode
 from mflow_kernels.data.files import sync
 from mflow_kernels.data.journal import Work, lock_journal, open_hidden, resume_work, write_at
 from mflow_kernels.data.manifest import TEST, TRAIN
-from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
+from mflow_kernels.data.prepared import (
+    HEADER_BYTES,
+    Prepared,
+    Record,
+    checksum,
+    header,
+    open_prepared,
+)
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.sources import DataError, Source
 
@@ -166,7 +173,7 @@ def _complete(work: Work, source: Source, identity: str) -> None:
     end = work.place(len(kept))
     write_at(work.file, part.tobytes() + record, end)
     work.file.truncate(end + len(part) + len(record))
-    write_at(work.file, header(work.form, len(kept), len(record)), 0)
+    write_at(work.file, header(work.form, len(kept), len(record), checksum(part, record)), 0)
     os.fsync(work.file.fileno())
 
 
