@@ -1,16 +1,7 @@
-"""Decode an image file into a square of pixels, as docs/data.md describes.
-
-This module imports neither torch nor anything slow, because every decoding process of `prepare`
-imports it.
-"""
+"""Decode an image file into a square of pixels, as docs/data.md describes."""
 
 import errno
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -54,7 +45,7 @@ class Decoded(NamedTuple):
     pixels: np.ndarray  # uint8 (N, C, H, W)
     digests: list[str]  # digest of each image, see `digest`
     skipped: dict[int, str]  # the reason why an entry could not be read, by its position
-    enlarged: int  # number of images that were smaller than the result
+    enlarged: list[bool]  # whether each image was smaller than the result
 
 
 def decode(entries: Sequence[Entry], form: Format) -> Decoded:
@@ -66,7 +57,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
     """
     pixels = np.empty((len(entries), *form.shape), np.uint8)
     skipped: dict[int, str] = {}
-    enlarged = 0
+    enlarged = []
     for position, entry in enumerate(entries):
         image = _read(entry)
         if isinstance(image, str):
@@ -77,7 +68,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
                 f"data: expected images of at least {form.crop}x{form.crop} pixels, got "
                 f"{image.width}x{image.height} in {entry.name}"
             )
-        enlarged += min(form.crop or form.size, *image.size) < form.size
+        enlarged.append(min(form.crop or form.size, *image.size) < form.size)
         mode = "L" if form.channels == 1 else "RGB"
         square = np.asarray(crop_and_resize(image.convert(mode), form.size, form.crop))
         row = pixels[position - len(skipped)]
@@ -115,26 +106,11 @@ def any_in_colour(entries: Sequence[Entry]) -> bool:
     return False
 
 
-def start_worker() -> None:
-    """Make this process ignore Ctrl-C and end when its parent ends or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def _opened(entry: Entry) -> Iterator[Image.Image]:
-    """Open an image and read its header. Pillow's warnings about repaired files are hidden."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with entry.open() as file, Image.open(file, formats=FORMATS) as image:
-            yield image
+    """Open an image and read its header."""
+    with entry.open() as file, Image.open(file, formats=FORMATS) as image:
+        yield image
 
 
 def _read(entry: Entry) -> Image.Image | str:

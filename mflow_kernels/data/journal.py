@@ -1,127 +1,92 @@
 """The journal of a preparation: which images are written, so that the next process continues.
 
-Each line of the journal is JSON. The first has the identity of the images; each further line
-describes a block of images in the file beside it. The journal is locked, so that a second process
-waits; the lock ends with its process.
+The first line has the identity and the channels of the images. Each file of the source has a line
+of fixed length after it, which is empty until its image is written: the digest of the image, and
+"+" if it was enlarged. The image has its own place in the file beside the journal, and counts as
+written if the pixels there have that digest. Whatever a killed process or a power cut left undone
+or damaged is therefore decoded again, in whichever order the disk got it.
+
+The journal is locked, so that a second process waits; the lock ends with its process.
 """
 
 import errno
 import fcntl
-import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
-from mflow_kernels.data.decoding import Format, any_in_colour, digest
-from mflow_kernels.data.manifest import is_digest
+from mflow_kernels.data.decoding import DIGEST_LENGTH, Format, any_in_colour, digest
 from mflow_kernels.data.prepared import HEADER_BYTES
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.sources import Source
 
-_T = TypeVar("_T")
+_LINE = DIGEST_LENGTH + 2  # bytes
 
 
 @dataclass
 class Work:
-    """The work that is finished: all entries before `end`."""
+    """A file of images in the making, and its journal. Threads can add different images at once.
 
-    identity: str
+    Attributes:
+        written: digest of each written image, and whether it was enlarged, by the number of its
+            file in the source.
+        skipped: the reason why a file could not be read, by its number.
+    """
+
+    lines: BinaryIO
+    file: BinaryIO
     form: Format
-    end: int = 0
+    first_line: bytes
+    written: dict[int, tuple[str, bool]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
-    enlarged: int = 0
-    digests: list[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return len(self.digests)
 
     @property
     def image_bytes(self) -> int:
         return math.prod(self.form.shape)
 
-    def check(self, line: dict, file: BinaryIO, total: int) -> None:
-        """Check that the file holds the next block as the journal lists it.
+    def place(self, number: int) -> int:
+        """Return the offset of an image in the file."""
+        return HEADER_BYTES + number * self.image_bytes
 
-        Args:
-            line: the block's line in the journal.
-            file: positioned at the start of the block; it is read to the end of the block.
-            total: number of entries of the source.
+    def read(self, number: int) -> bytes:
+        return os.pread(self.file.fileno(), self.image_bytes, self.place(number))
 
-        Raises:
-            ValueError, TypeError, KeyError: the line does not continue this work, or the file holds
-                other images.
-        """
-        end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
-        skipped = {int(position): why for position, why in line["skipped"].items()}
-        if not (
-            type(end) is type(enlarged) is int
-            and self.end < end <= total
-            and len(digests) + len(skipped) == end - self.end
-            and 0 <= enlarged <= len(digests)
-            and all(self.end <= position < end for position in skipped)
-            and all(isinstance(why, str) for why in skipped.values())
-            and all(map(is_digest, digests))
-        ):
-            raise ValueError("the line does not continue the journal")
-        for expected in digests:
-            if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
-                raise ValueError("the images are not those that the journal lists")
-
-    def add(self, line: dict) -> None:
-        """Count the block of a line as finished."""
-        self.skipped |= {int(position): why for position, why in line["skipped"].items()}
-        self.enlarged += line["enlarged"]
-        self.digests += line["digests"]
-        self.end = line["end"]
-
-    def of_images(self, values: Iterable[_T]) -> list[_T]:
-        """Leave out the values, one for each entry, of entries that could not be read."""
-        return [value for i, value in enumerate(values) if i not in self.skipped]
+    def add(self, number: int, pixels: np.ndarray, digest: str, enlarged: bool) -> None:
+        """Write an image and its line; OSError if the disk is full."""
+        write_at(self.file, pixels.tobytes(), self.place(number))
+        line = f"{digest}{'+' if enlarged else '-'}\n".encode()
+        write_at(self.lines, line, len(self.first_line) + number * _LINE)
+        self.written[number] = digest, enlarged
 
 
 def resume_work(
     lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
 ) -> Work:
-    """Find the finished blocks, and cut journal and file back to them.
-
-    They end before the first line that is torn or wrong, or whose images are damaged.
-    """
-    total = len(source.entries)
-    work, end = None, 0
-    lines.seek(0)
-    file.seek(HEADER_BYTES)
-    for line in lines.read().splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-            if not line.endswith(b"\n"):
-                break
-            if work is not None:
-                work.check(values, file, total)
-                work.add(values)
-            elif values["identity"] == identity and values["channels"] in (1, 3):
-                work = Work(identity, Format(image_size, int(values["channels"]), source.crop))
-            else:
-                break
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            break
-        end += len(line)
-    if work is None:
-        colour = any_in_colour(source.entries)
-        work, end = Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
-    lines.truncate(end)
-    lines.seek(end)
-    if not end:
-        append_line(lines, {"identity": identity, "channels": work.form.channels})
-    file.truncate(HEADER_BYTES + work.rows * work.image_bytes)
-    file.seek(0, os.SEEK_END)
+    """Find the images that are written; if they are those of other files, remove them."""
+    known = os.pread(lines.fileno(), os.fstat(lines.fileno()).st_size, 0)
+    firsts = {channels: f"{identity} {channels}\n".encode() for channels in (1, 3)}
+    channels = next((c for c, first in firsts.items() if known.startswith(first)), None)
+    if channels is None:
+        channels, known = (3 if any_in_colour(source.entries) else 1), b""
+        for each in (lines, file):
+            each.truncate(0)
+        write_at(lines, firsts[channels], 0)
+    form = Format(image_size, channels, source.crop)
+    work = Work(lines, file, form, firsts[channels])
+    for number in range(len(source.entries)):
+        begin = len(work.first_line) + number * _LINE
+        line = known[begin : begin + _LINE]
+        if line.strip(b"\0"):
+            found = digest(np.frombuffer(work.read(number), np.uint8))
+            if line[:DIGEST_LENGTH] == found.encode():
+                work.written[number] = found, line[DIGEST_LENGTH:] == b"+\n"
     return work
 
 
@@ -130,7 +95,7 @@ def lock_journal(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """Open and lock the journal. Yield it, and whether this process waited for another one."""
     waited = False
     while True:
-        with open_hidden(journal, buffering=0) as lines:
+        with open_hidden(journal) as lines:
             try:
                 fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -144,15 +109,15 @@ def lock_journal(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 return
 
 
-def append_line(lines: BinaryIO, values: dict) -> None:
-    """Write a line of JSON; OSError if the disk is full."""
-    line = json.dumps(values).encode() + b"\n"
-    if lines.write(line) != len(line):  # an unbuffered write may be short if the disk is full
+def write_at(file: BinaryIO, data: bytes, place: int) -> None:
+    """Write bytes at an offset of an unbuffered file; OSError if the disk is full."""
+    if os.pwrite(file.fileno(), data, place) != len(data):  # a full disk may take a part of them
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def open_hidden(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open a hidden file beside the result for reading and writing, and create it if it is missing.
+def open_hidden(path: Path) -> BinaryIO:
+    """Open a hidden file beside the result for reading and writing, without a buffer, and create it
+    if it is missing.
 
     A symbolic link is refused: whoever put it there would choose which file is overwritten.
     """
@@ -160,4 +125,4 @@ def open_hidden(path: Path, buffering: int = -1) -> BinaryIO:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
-    return open(path, "r+b", buffering, opener=opener)
+    return open(path, "r+b", 0, opener=opener)

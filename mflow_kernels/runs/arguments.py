@@ -48,12 +48,6 @@ def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
             nested = [item.values() if isinstance(item, dict) else [item] for item in items]
             if any(isinstance(inner, list | dict) for values in nested for inner in values):
                 raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
-        given = _with_stages(given)
-        if "channels" in given and isinstance(given.get("stages"), list):
-            # In a whole configuration from before mixtures, each u has one standard Gaussian.
-            stages = given["stages"]
-            stages = [{"components": 1} | s if isinstance(s, dict) else s for s in stages]
-            given = given | {"stages": stages}
         # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
         values = vars(parser.parse_object(given))
         return {name: values[name] for name in given}
@@ -101,30 +95,6 @@ def with_short_options(options: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in options.items() if not name.startswith("stage_")}
     given = {name[6:]: value for name, value in options.items() if name not in rest}
     return rest | {"stages": [dataclasses.replace(stage, **given) for stage in rest["stages"]]}
-
-
-def _with_stages(given: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the options of a file with `stages`. Earlier versions wrote lists such as stage_steps
-    instead, with a value for each further flow, one for all, or none."""
-    old = [name for name in given if str(name).startswith("stage_")]
-    if not old:
-        return given
-    if "stages" in given:
-        raise ValueError(f"{old[0]}: expected its values in the list stages")
-    lists: dict[str, Any] = {"dim": given.get("stage_dims", [None]), "coupling": ["affine"]}
-    lists |= {name[6:]: given[name] for name in old if name != "stage_dims"}
-    if "channels" in given:  # a whole configuration, from before these options
-        lists = {"delta": [1.0], "learning_rate": []} | lists
-        if "classes" not in given and lists.get("weight") == []:
-            lists["weight"] = [given.get("weight")]
-    count = len(lists["dim"]) if isinstance(lists["dim"], list) else 1
-    for name, values in lists.items():
-        if not isinstance(values, list) or len(values) not in {0, 1, count}:
-            raise ValueError(f"stage_{name}: expected a list of 1 or {count}, got {values}")
-        if len(values) < 2:
-            lists[name] = (values or [2.0 if name == "delta" else None]) * count
-    stages = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    return {name: given[name] for name in given if name not in old} | {"stages": stages}
 
 
 _HELP: dict[type, str] = {}  # the docstrings of the groups of options, with their placeholders

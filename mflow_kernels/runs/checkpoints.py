@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]  # weights, averaged weights, and the guard's statistics
     moments: dict[int, dict[str, Tensor]]  # the optimizer's state of each trained parameter
     grad_scaler: dict[str, float]  # empty unless the networks are in float16
-    progress: Progress | None  # None in a checkpoint of an earlier version
+    progress: Progress | None  # None if it is not needed to resume
 
 
 class Expected(NamedTuple):
@@ -91,8 +91,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         moments, progress = {}, None
         if expected.parameters is not None:
             moments = _moments(state.get("optimizer_states"), expected.parameters, step)
-        recorded = state.get("progress")
-        if expected.parameters is not None and recorded is not None:
+            recorded = state.get("progress")
             progress = Progress.from_dict(recorded, step, expected.stages, expected.images)
         scaler: Any = state.get("grad_scaler")
         fits = isinstance(scaler, dict) and scaler.keys() in (set(), _SCALER)

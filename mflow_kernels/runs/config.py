@@ -26,25 +26,7 @@ from mflow_kernels.runs.options import (
     check_at_least,
     check_positive,
 )
-
-# Options that the files of earlier versions lack, with the values that these versions used.
-_ADDED_LATER: dict[str, Any] = {
-    "final_weight": None,
-    "weight_steps": None,
-    "error_bound": None,
-    "delta": 1.0,
-    "sigma": 0.1,
-    "coupling": "affine",
-    "bins": 8,
-    **{"flow": "glow", "patch": 2, "couplings": 20, "depth": 1, "heads": 2},
-    "init_from": None,
-    "optimizer": "adamw",
-    "schedule": "cosine",
-    "accumulate": 1,
-    "classes": None,
-    "crop": None,
-    "class_names": [],
-}
+from mflow_kernels.version import __version__
 
 
 @dataclass(frozen=True)
@@ -209,12 +191,10 @@ class RunConfig(TrainConfig):
         """
         values = parse_config(text, source)
         for option in fields(cls):
-            if option.name in _ADDED_LATER:
-                values.setdefault(option.name, _ADDED_LATER[option.name])
-            elif option.name not in values:  # the default may not fit the run's model
+            if option.name not in values:  # the default may not fit the run's model
                 raise ValueError(
-                    f"{source}: expected every option of the run, found no {option.name}; is the "
-                    "file cut off?"
+                    f"{source}: expected every option of mflow_kernels {__version__}, found no "
+                    f"{option.name}; is the file cut off, or of another version?"
                 )
         config = cls(**values)
         try:

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from mflow_kernels.version import __version__
+
 
 class _Formatter(DefaultHelpFormatter):
     """Appends the default to each help text, but not the type, which the texts make clear."""
@@ -88,6 +90,8 @@ def explain(error: Exception) -> str:
     if text.startswith("argument COMMAND: invalid choice: "):
         given = text.partition("choice: ")[2].partition(" (")[0]
         return f"expected a command (mflow --help lists them), got {given}"
+    if unknown := re.fullmatch("Option '(.+)' is not accepted", text):
+        return f"{unknown[1]}: mflow_kernels {__version__} has no such option"
     if "arguments are required: " in text:
         names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
         return f"{names[0]}: expected a value, got none"

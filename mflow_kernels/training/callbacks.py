@@ -1,7 +1,6 @@
 """The progress bar of training, and the file of its metrics."""
 
 import csv
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from mflow_kernels import ManifoldFlow
 from mflow_kernels.data.files import read_regular, write_atomically
 from mflow_kernels.data.progress import ProgressCallback, progress_bar
 from mflow_kernels.training.module import FlowTraining
+from mflow_kernels.version import __version__
 
 
 class TrainingProgress(Callback):
@@ -154,13 +154,6 @@ class MetricsCsv(Logger):
             csv.DictWriter(file, self.columns).writerow({**row, "step": step})
 
 
-# Columns that earlier versions wrote in nats per dimension, by their names in those versions.
-_IN_NATS = {
-    name: f"{name}_bits_per_dim"
-    for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
-}
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the rows of a MetricsCsv file without their empty cells; no rows if there is no file.
 
@@ -177,32 +170,23 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         return []
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    lines = text.split("\n")
-    torn = lines.pop()  # empty, unless the last line was cut off
-    columns = (lines or [torn])[0].strip("\r\0").split(",")
-    in_nats = [name for name in columns if name in _IN_NATS]
-    columns = [_IN_NATS.get(name, name) for name in columns]
+    first, *lines = text.split("\n")
     header = ",".join(MetricsCsv.columns)
-    if not lines and header.startswith(",".join(columns)):
+    if not lines and header.startswith(first.strip("\r\0")):
         return []
-    # Earlier versions wrote fewer columns.
-    if not lines or columns[:1] != ["step"] or not set(columns) <= set(MetricsCsv.columns):
+    if not lines or first.rstrip("\r") != header:
         raise ValueError(
-            f"{path}: expected the metrics of a run, with the columns {header[:30]}..., got "
-            f"{(lines or [torn])[0][:30]!r}"
+            f"{path}: expected the metrics of a run of mflow_kernels {__version__}, with the "
+            f"columns {header[:30]}..., got {first[:30]!r}"
         )
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines[:-1], start=2):  # the last one is empty, or was cut off
         cells = line.rstrip("\r").split(",")
-        if len(cells) != len(columns) or not _are_numbers(cells):
+        if len(cells) != len(MetricsCsv.columns) or not _are_numbers(cells):
             raise ValueError(
                 f"{path}, line {number}: expected a step and its metrics, got {line[:60]!r}"
             )
-        row = dict(zip(columns, cells, strict=True))
-        for name in (_IN_NATS[old] for old in in_nats):
-            if row[name]:
-                row[name] = str(float(row[name]) / math.log(2.0))
-        rows.append(row)
+        rows.append(dict(zip(MetricsCsv.columns, cells, strict=True)))
     return rows
 
 

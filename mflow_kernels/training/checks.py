@@ -20,7 +20,6 @@ from mflow_kernels.runs.changes import Change, changed_options
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import (
-    CONFIG,
     build_model,
     check_new_run,
     checkpoint_tensors,
@@ -206,17 +205,7 @@ def _resumable(
     read_metrics(folder / METRICS)
     moments = [found for stage in model.stages for found in moments_of(stage, config.optimizer)]
     expected = Expected(checkpoint_tensors(model), moments, len(model.stages), len(splits.train))
-    checkpoint = newest_checkpoint(folder, expected)
-    if checkpoint is None or checkpoint.progress is not None:
-        return checkpoint
-    # An earlier version wrote it. Options could not change then.
-    schedule = Schedule(config, len(splits.train))
-    if checkpoint.step > schedule.total_steps:
-        raise ValueError(
-            f"checkpoint: expected at most {schedule.total_steps} steps as in {CONFIG}, "
-            f"got {checkpoint.step} in {checkpoint.path}"
-        )
-    return checkpoint._replace(progress=schedule.progress(checkpoint.step))
+    return newest_checkpoint(folder, expected)
 
 
 def _check_batches(config: RunConfig, model: HierarchicalFlow, splits: Splits) -> None:

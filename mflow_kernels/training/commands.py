@@ -100,7 +100,7 @@ def prepare(
         out: File to write, such as celeba64.safetensors.
         overwrite: Replace the file if it exists.
         image_size: Side of the square images in pixels.
-        workers: Number of processes that decode; by default one for each core.
+        workers: Number of threads that decode; by default one for each core.
     """
     from mflow_kernels.data.files import follow_links
     from mflow_kernels.data.prepare import is_prepared_from, prepare_images

@@ -3,9 +3,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -16,9 +13,10 @@ from safetensors.numpy import load_file
 from tiny_runs import TINY, listing, refused, spy, write_images, zip_up
 
 from benchmarks.celeba.fake_celeba import make_celeba
+from mflow_kernels.data import journal
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode
-from mflow_kernels.data.journal import lock_journal
+from mflow_kernels.data.journal import lock_journal, write_at
 from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError, find_images
@@ -51,35 +49,18 @@ def source(celeba):
     return find_images(celeba)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(preparing, "_BLOCK_IMAGES", 4)
-    monkeypatch.setattr(preparing, "_IMAGES_WORTH_A_PROCESS", 4)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, source):
     """The bytes that every prepared file of `source` at 16x16 must have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "_BLOCK_IMAGES", 4)
-        path = tmp_path_factory.mktemp("whole") / "a.safetensors"
-        prepare_images(source, path, 16, workers=1)
-        return path.read_bytes()
+    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
+    prepare_images(source, path, 16, workers=1)
+    return path.read_bytes()
 
 
-def test_processes_that_decode_start_with_sigint_blocked(
-    source, small_blocks, whole, tmp_path, monkeypatch
-):
-    """Ctrl-C in a terminal reaches them too, even while they import modules."""
-
-    def blocked():
-        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-    seen = []
-    spy(monkeypatch, preparing.ProcessPoolExecutor, "submit", lambda *_: seen.append(blocked()))
-    prepare_images(source, tmp_path / "a", 16, workers=2)
-    assert seen == [True] * 5
-    assert not blocked()
+@pytest.mark.parametrize("workers", [2, None])
+def test_threads_do_not_change_the_file(workers, source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "_BLOCK_IMAGES", 3)
+    prepare_images(source, tmp_path / "a", 16, workers)
     assert (tmp_path / "a").read_bytes() == whole
     assert listing(tmp_path) == ["a"]
 
@@ -118,56 +99,41 @@ class TestFile:
         assert not is_prepared_from(tmp_path / "a", find_images(folder), 16)
 
 
-def group_exists(group):
-    """Whether a process of this process group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 class Killed(BaseException):
     """An error that nothing in the package catches, like the death of the process."""
 
 
 @contextmanager
-def fails_after_two_blocks(error, monkeypatch):
-    """Raise `error` at the fifth sync of a file; each block takes two."""
-    sync, calls = preparing._sync, itertools.count()
+def stops_at_write(number, error):
+    """Raise `error` at a write, counted from 0, after half of its bytes. The first one is of the
+    journal's first line; each image takes two, for itself and its line."""
+    calls = itertools.count()
 
-    def failing(file):
-        if next(calls) == 4:
+    def failing(file, data, place):
+        if next(calls) == number:
+            write_at(file, data[: len(data) // 2], place)
             raise error
-        sync(file)
+        write_at(file, data, place)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_sync", failing)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (journal, preparing):
+            patch.setattr(module, "write_at", failing)
         yield
 
 
 class TestInterrupted:
-    def test_at_every_sync(self, source, small_blocks, whole, tmp_path, monkeypatch):
-        """Stop before and after each sync. A block takes two syncs, and the end takes one."""
-        sync, syncs = preparing._sync, 2 * (COUNT // 4) + 1
-        for moment in range(2 * syncs):
-            out = tmp_path / str(moment) / "a"
+    @staticmethod
+    def stop(source, out, write=20):
+        with stops_at_write(write, Killed), pytest.raises(Killed):
+            prepare_images(source, out, 16, workers=1)
+        assert not out.exists()
+
+    def test_at_every_write(self, source, whole, tmp_path):
+        """Closing the gap of the torn image takes 15 writes, and the end two."""
+        for write in range(1 + 2 * 19 + 15 + 2):
+            out = tmp_path / str(write) / "a"
             out.parent.mkdir()
-            calls = iter(range(syncs + 1))
-
-            def stopping(file, calls=calls, moment=moment):
-                number = next(calls)
-                if moment == 2 * number:
-                    raise Killed
-                sync(file)
-                if moment == 2 * number + 1:
-                    raise Killed
-
-            monkeypatch.setattr(preparing, "_sync", stopping)
-            with pytest.raises(Killed):
-                prepare_images(source, out, 16, workers=1)
-            assert not out.exists()
-            monkeypatch.setattr(preparing, "_sync", sync)
+            self.stop(source, out, write)
             prepare_images(source, out, 16, workers=1)
             assert out.read_bytes() == whole
             assert listing(out.parent) == ["a"]
@@ -175,74 +141,40 @@ class TestInterrupted:
     @pytest.mark.parametrize(
         ("name", "damage"),
         [
-            pytest.param(".a.journal", lambda data: data[:-9], id="torn journal"),
-            pytest.param(".a.journal", lambda data: data + bytes(40) + b"\n", id="garbage journal"),
-            pytest.param(".a.partial", lambda data: data + b"half a block", id="longer"),
+            pytest.param(".a.journal", lambda data: data[:-25], id="torn journal"),
+            pytest.param(".a.journal", lambda data: data + b"\xff[" * 40, id="garbage after it"),
+            pytest.param(".a.journal", lambda data: b"[" * len(data), id="garbage"),
+            pytest.param(".a.journal", lambda data: bytes(len(data)), id="zeros"),
+            pytest.param(".a.journal", lambda data: data.replace(b" 3\n", b" 2\n"), id="channels"),
+            pytest.param(".a.partial", lambda data: data + b"half an image", id="longer"),
             pytest.param(".a.partial", lambda data: data[: 4096 + 7 * 768 - 5], id="shorter"),
-            pytest.param(".a.partial", lambda data: data[:-1] + bytes([data[-1] ^ 1]), id="rotten"),
+            pytest.param(".a.partial", lambda data: data[:4999] + b"?" + data[5000:], id="rotten"),
         ],
     )
-    def test_files_that_a_power_cut_damaged_are_cut_back(
-        self, name, damage, source, small_blocks, whole, tmp_path, monkeypatch
-    ):
-        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+    def test_what_a_power_cut_damaged_is_decoded_again(self, name, damage, source, whole, tmp_path):
+        self.stop(source, tmp_path / "a")
         path = tmp_path / name
-        path.write_bytes(damage(path.read_bytes()))
+        before = path.read_bytes()
+        path.write_bytes(damage(before))
+        assert path.read_bytes() != before
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
-    def test_finished_blocks_are_not_decoded_again(
-        self, source, small_blocks, tmp_path, monkeypatch
-    ):
-        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
-        journal = tmp_path / ".a.journal"
-        journal.write_bytes(journal.read_bytes()[:-1])  # its last line does not count, if torn
-        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+    def test_written_images_are_not_decoded_again(self, source, tmp_path, monkeypatch):
+        self.stop(source, tmp_path / "a")  # in the line of the tenth image; the fifth is torn
         decoded = []
         spy(monkeypatch, preparing, "decode", lambda entries, _: decoded.extend(entries))
         prepare_images(source, tmp_path / "a", 16, workers=1)
-        assert decoded == source.entries[12:]
+        assert decoded == [source.entries[4], *source.entries[10:]]
 
-    def test_another_set_starts_again(self, source, small_blocks, tmp_path, monkeypatch):
-        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+    def test_another_set_starts_again(self, source, tmp_path):
+        self.stop(source, tmp_path / "a")
         other = find_images(write_images(tmp_path / "other", 6, channels=3))
         assert prepare_images(other, tmp_path / "a", 16).record.count == [5, 0, 1]
 
-    @staticmethod
-    def stop_after_two_blocks(source, out, monkeypatch):
-        with fails_after_two_blocks(Killed, monkeypatch), pytest.raises(Killed):
-            prepare_images(source, out, 16, workers=1)
-
-    def test_kill_9_with_processes(self, celeba, source, whole, tmp_path):
-        program = (
-            "import signal, sys, mflow_kernels.data.prepare as p\n"
-            "sync, calls = p._sync, iter(range(4))\n"  # two calls in each block
-            "p._sync = lambda file: signal.pause() if next(calls, None) is None else sync(file)\n"
-            "p._BLOCK_IMAGES = p._IMAGES_WORTH_A_PROCESS = 4\n"
-            "from mflow_kernels.training.cli import main\n"
-            "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
-        )
-        script = tmp_path / "script.py"
-        script.write_text(program)
-        out = tmp_path / "a"
-        arguments = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
-        command = [sys.executable, str(script), *arguments, "--workers", "2"]
-        journal = tmp_path / ".a.journal"
-        victim = subprocess.Popen(command, start_new_session=True)
-        wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") == 3)
-        assert victim.poll() is None
-        victim.send_signal(signal.SIGKILL)  # the process alone, not the ones that decode for it
-        victim.wait()
-        wait_until(lambda: not group_exists(victim.pid))  # they end by themselves
-        assert listing(tmp_path) == [".a.journal", ".a.partial", "script.py"]
-        prepare_images(source, out, 16, workers=1)
-        assert out.read_bytes() == whole
-
     @pytest.mark.parametrize("same", [True, False])
-    def test_a_second_process_waits_for_the_first(
-        self, same, source, small_blocks, whole, tmp_path, capsys
-    ):
-        out, journal, raised = tmp_path / "a", tmp_path / ".a.journal", []
+    def test_a_second_process_waits_for_the_first(self, same, source, whole, tmp_path, capsys):
+        out, path, raised = tmp_path / "a", tmp_path / ".a.journal", []
         images = source if same else find_images(write_images(tmp_path / "other", 5))
 
         def prepare():
@@ -251,13 +183,13 @@ class TestInterrupted:
             except DataError as error:
                 raised.append(str(error))
 
-        with lock_journal(journal):
+        with lock_journal(path):
             second = threading.Thread(target=prepare)
             second.start()
             wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
             out.write_bytes(whole)  # the first one is done now
             before = out.stat().st_ino
-            journal.unlink()
+            path.unlink()
         second.join()
         refusal = f"out: another process wrote {out} while this one waited"
         assert raised == ([] if same else [refusal])
@@ -276,13 +208,11 @@ class TestDiskFull:
         train = ["train", *TINY, "--data", str(celeba), "--run-dir", str(out)]
         assert "no space left" in refused(train, tmp_path, capsys, code=1)
 
-    def test_a_disk_that_fills_up_later(
-        self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys
-    ):
+    def test_a_disk_that_fills_up_later(self, celeba, whole, tmp_path, capsys):
         out = tmp_path / "a"
         command = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
         full = OSError(errno.ENOSPC, "No space left on device")
-        with fails_after_two_blocks(full, monkeypatch):
+        with stops_at_write(20, full):
             assert main([*command, "--workers", "1"]) == 1
         message = capsys.readouterr().err
         assert message.count("\n") == 1
