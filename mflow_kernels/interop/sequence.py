@@ -99,11 +99,6 @@ def _linear(
     return [Steps([Step(Row(row, channels, device), None)])]
 
 
-def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
-    """The log-determinants (N,) that `FusedSequence` returned for the state x."""
-    return log_det if log_det.dim() else log_det.expand(x.shape[0])
-
-
 class FusedSequence:
     """Layers in sequence, computed by our kernels.
 

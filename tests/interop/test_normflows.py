@@ -8,8 +8,9 @@ import torch
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
-from mflow_kernels.interop.normflows.adapter import ADAPTER, FusedFlow
+from mflow_kernels.interop.normflows.adapter import ADAPTER
 from mflow_kernels.interop.subclasses import implementation_of
+from mflow_kernels.interop.two_way import FusedRun
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.lu is deprecated", "ignore:ActNorm of normflows"
@@ -396,9 +397,7 @@ def test_accelerating_again_and_reversibly():
     assert accelerate(model) == first
     accelerate(model, reversible=True)
     for m in (model, copy.deepcopy(model)):
-        fused = [
-            f for f in implementation_of(m).view(m).flows.modules() if isinstance(f, FusedFlow)
-        ]
+        fused = [f for f in implementation_of(m).view(m).flows.modules() if isinstance(f, FusedRun)]
         assert len(fused) == 2
         assert all(f.sequence.reversible for f in fused)
         assert {id(p) for f in fused for p in f.parameters()} == {

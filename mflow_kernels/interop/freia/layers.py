@@ -26,7 +26,7 @@ from mflow_kernels.interop.linear import (
     one_linear,
     stack,
 )
-from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.params import Joined, Params, Passing
 from mflow_kernels.interop.parts import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
@@ -162,8 +162,13 @@ def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
     return "its clamp activation is a custom function"
 
 
-def _passing(layer: Any) -> dict[str, Any]:
-    return {"passing": "channels"} if layer.conditional else {"conditions": ()}
+def _params(layer: Any, net: nn.Module, scales: int, factors: tuple[float, float]) -> Params:
+    """The params of a network whose first channels are the raw scales."""
+    return Params(net, slice(0, scales), slice(scales, None), factors, passing=_passing(layer))
+
+
+def _passing(layer: Any) -> Passing:
+    return "channels" if layer.conditional else "none"
 
 
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
@@ -180,30 +185,24 @@ def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> t
 
 
 def _glow_coupling(layer: Any) -> tuple[Part, ...] | str:
-    scale = _scale_of(layer)
-    if isinstance(scale, str):
-        return scale
-    nets = [
-        Params(net, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
-        for net, n in ((layer.subnet2, layer.split_len1), (layer.subnet1, layer.split_len2))
-    ]
-    return _two_sided(layer, nets, scale[0])
+    return _affine(layer, (layer.subnet2, layer.subnet1))
 
 
 def _rnvp_coupling(layer: Any) -> tuple[Part, ...] | str:
+    pairs = (layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1)
+    return _affine(layer, [Joined(s, t) for s, t in pairs])
+
+
+def _affine(layer: Any, nets: Sequence[nn.Module]) -> tuple[Part, ...] | str:
     scale = _scale_of(layer)
     if isinstance(scale, str):
         return scale
-    conditions = None if layer.conditional else ()
-    nets = [
-        Pair(s, t, (scale[1], 1.0), conditions)
-        for s, t in ((layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1))
-    ]
-    return _two_sided(layer, nets, scale[0])
+    ends = zip(nets, (layer.split_len1, layer.split_len2), strict=True)
+    return _two_sided(layer, [_params(layer, net, n, (scale[1], 1.0)) for net, n in ends], scale[0])
 
 
 def _nice_coupling(layer: Any) -> tuple[Part, ...]:
-    nets = [Params(net, None, slice(None), **_passing(layer)) for net in (layer.F, layer.G)]
+    nets = [Params(net, None, slice(None), passing=_passing(layer)) for net in (layer.F, layer.G)]
     return _two_sided(layer, nets, ScaleFunction("exp", order="scale-shift"))
 
 
@@ -211,8 +210,7 @@ def _one_sided(layer: Any) -> tuple[Part, ...] | str:
     scale = _scale_of(layer)
     if isinstance(scale, str):
         return scale
-    n = layer.split_len2
-    net = Params(layer.subnet, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+    net = _params(layer, layer.subnet, layer.split_len2, (scale[1], 1.0))
     return (Coupling(net, scale[0], False, Exactly(layer.split_len1)),)
 
 
@@ -224,7 +222,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     unchanged, n = layer.splits
     # Release 0.2 multiplies tanh(a) by the clamp, the development branch tanh(a / clamp).
     factors = (0.1 if is_developed(layer) else 0.1 * layer.clamp), 0.1
-    net = Params(layer.subnet, slice(0, n), slice(n, None), factors, **_passing(layer))
+    net = _params(layer, layer.subnet, n, factors)
     scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
     there, back = _mixing(layer)
     return (
