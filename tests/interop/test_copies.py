@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from interop import peers
-from interop.test_freia import fully_connected, results
+from interop.test_freia import TESTS, fully_connected
 from mflow_kernels.interop import accelerate
 
 
@@ -35,8 +35,8 @@ def network(block, **options):
 
 def assert_accelerated(model):
     with peers.default_dtype(torch.float64):
-        peers.assert_equals_original(model, results(torch.float64), 1)
-        peers.assert_equals_original(model, results(torch.float64), 1, reversible=True)
+        peers.assert_equals_original(model, TESTS.results(torch.float64), 1)
+        peers.assert_equals_original(model, TESTS.results(torch.float64), 1, reversible=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"reverse_permutation": True}])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import weakref
+from typing import ClassVar
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -17,11 +18,6 @@ from mflow_kernels.interop.freia.adapter import ADAPTER
 from mflow_kernels.interop.freia.layers import is_pending
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
-
-
-@pytest.fixture(autouse=True)
-def _numpy_seeded():
-    np.random.seed(0)  # noqa: NPY002 - FrEIA draws from this generator
 
 
 def fully_connected(c_in, c_out):
@@ -126,72 +122,53 @@ MODELS = {
 }
 
 
-def inputs_of(model, dtype, n=5, seed=3):
-    """The state and the conditions."""
-    generator = torch.Generator().manual_seed(seed)
+class TestFreia(peers.LayerTests):
+    adapter = ADAPTER
+    models = MODELS
+    trained: ClassVar = {"readme": False, "graph": True}
+    copied, pickles = "graph", False
 
-    def normal(*shape):
-        return torch.randn(n, *shape, generator=generator).to(dtype)
+    def inputs(self, model, n=8, seed=3):
+        if isinstance(model, Ff.GraphINN):
+            shapes = [node.output_dims[0] for node in (*model.in_nodes, *model.condition_nodes)]
+        else:
+            shapes = [model.shapes[0], *(m.dims_c[0] for m in model.module_list if m.dims_c)]
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(torch.randn(n, *shape, generator=generator) for shape in shapes)
 
-    if isinstance(model, Ff.GraphINN):
-        return normal(3, 8, 8), [normal(2, 4, 4)]
-    dim = model.shapes[0][0]
-    if len(model.shapes[0]) == 3:
-        return normal(*model.shapes[0]), None
-    conditional = dim == 4 and None not in model.conditions[:1]
-    return normal(dim), [normal(3), normal(3)] if conditional else None
+    def encode(self, model, x, *c):
+        return model(x, c or None)
 
+    def decode(self, model, z, *c):
+        return model(z, c or None, rev=True)
 
-def results(dtype):
-    def of(model):
-        x, c = inputs_of(model, dtype)
-        sources = [t.requires_grad_() for t in (x, *(c or []))]
-        z, log_det = model(x, c)
-        latents = list(z) if isinstance(z, tuple) else [z]
-        back, log_det_back = model(z, c, rev=True)
-        out = {f"z{i}": latent for i, latent in enumerate(latents)}
-        for i, source in enumerate(sources):
-            out[f"d{i}"] = peers.input_gradient(source, [*latents, log_det])
-        return out | {"log_det": log_det, "x": back, "log_det back": log_det_back}
+    def log_prob(self, model, x, *c):
+        z, log_det = model(x, c or None)
+        latents = z if isinstance(z, tuple) else (z,)
+        return log_det - sum(u.flatten(1).square().sum(1) for u in latents) / 2
 
-    return of
+    def layers(self):
+        x, image, sub = (
+            torch.randn(5, 4),
+            torch.randn(3, 4, 8, 8),
+            {"subnet_constructor": fully_connected},
+        )
+        yield Fm.ActNorm([(4,)]), x
+        yield Fm.ActNorm([(4, 8, 8)]), image
+        yield Fm.Fixed1x1Conv([(4, 8, 8)], M=torch.randn(4, 4)), image
+        yield Fm.FixedLinearTransform([(4,)], M=torch.randn(4, 4)), x
+        yield Fm.HouseholderPerm([(4,)], n_reflections=2), x
+        yield Fm.NICECouplingBlock([(4,)], **sub), x
+        yield Fm.AllInOneBlock([(4,)], **sub), x
+        yield Fm.GLOWCouplingBlock([(4,)], dims_c=[(3,)], **sub), x, torch.randn(5, 3)
 
-
-def initialized(make):
-    torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():  # blocks with reflections would keep a graph and could not be copied
-        model(*inputs_of(model, torch.float32))
-    return peers.perturbed(model)
-
-
-@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
-@pytest.mark.parametrize("name", MODELS)
-def test_equals_the_original(name, reversible):
-    model = initialized(MODELS[name]).double()
-    # FrEIA sums constant log-determinants in the default dtype.
-    with peers.default_dtype(torch.float64):
-        fast = peers.assert_equals_original(model, results(torch.float64), 1, reversible=reversible)
-    if not reversible:
-        terms = 4096 if isinstance(model, Ff.GraphINN) else 256
-        peers.assert_equals_original(initialized(MODELS[name]), results(torch.float32), terms)
-    decelerate(fast)
-    assert peers.classes(fast) == peers.classes(model)
+    def both_ways(self, layer, x, *c):
+        named = {"c": c} if c else {}
+        ways = [layer([x], rev=rev, **named) for rev in (False, True)]
+        return [value for (y,), log_det in ways for value in (y, log_det)]
 
 
-def loss_of(model, step):
-    x, c = inputs_of(model, torch.get_default_dtype(), 8, step % 2)
-    z, log_det = model(x, c)
-    latents = z if isinstance(z, tuple) else (z,)
-    return (sum(u.flatten(1).square().sum(1) for u in latents) / 2 - log_det).mean()
-
-
-@pytest.mark.parametrize("name", ["readme", "graph"])
-def test_training_equals_the_original(name):
-    fast = peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "graph")
-    decelerate(fast)
-    with peers.default_dtype(torch.float64):
-        peers.assert_equals_original(fast, results(torch.float64), 1)
+TESTS = TestFreia()
 
 
 def test_report():
@@ -211,43 +188,12 @@ def test_report():
 
 
 def test_fixed_stays_fixed():
-    model = initialized(MODELS["graph"])
+    model = TESTS.initialized(image_graph)
     accelerate(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert not [name for name in trained if name.endswith((".M", ".haar_weights", ".w_perm"))]
-    loss_of(model, 0).backward()
+    TESTS.log_prob(model, *TESTS.inputs(model)).sum().backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-
-
-def test_single_modules_keep_their_interface():
-    x, image = torch.randn(5, 4), torch.randn(3, 4, 8, 8)
-    sub = {"subnet_constructor": fully_connected}
-    for layer, state, c in (
-        (Fm.ActNorm([(4,)]), x, None),
-        (Fm.ActNorm([(4, 8, 8)]), image, None),
-        (Fm.Fixed1x1Conv([(4, 8, 8)], M=torch.randn(4, 4)), image, None),
-        (Fm.FixedLinearTransform([(4,)], M=torch.randn(4, 4)), x, None),
-        (Fm.HouseholderPerm([(4,)], n_reflections=2), x, None),
-        (Fm.NICECouplingBlock([(4,)], **sub), x, None),
-        (Fm.AllInOneBlock([(4,)], **sub), x, None),
-        (Fm.GLOWCouplingBlock([(4,)], dims_c=[(3,)], **sub), x, [torch.randn(5, 3)]),
-    ):
-        named = {} if c is None else {"c": c}
-        layer([state], **named)  # sets actnorm
-        fast = copy.deepcopy(layer)
-        assert accelerate(fast).replaced
-        for rev in (False, True):
-            (y,), j = fast([state], rev=rev, **named)
-            (want,), j_want = layer([state], rev=rev, **named)
-            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
-            assert type(j) is type(j_want)
-            torch.testing.assert_close(j, j_want, rtol=1e-4, atol=1e-5)
-
-
-def test_checkpoints_and_copies():
-    model, fast = initialized(MODELS["graph"]), initialized(MODELS["graph"])
-    x, c = inputs_of(model, torch.float32)
-    peers.assert_checkpoints_and_copies(model, fast, lambda m: m(x, c)[1], pickles=False)
 
 
 def test_cannot_be_pickled_as_the_original_cannot():
@@ -262,8 +208,8 @@ def test_cannot_be_pickled_as_the_original_cannot():
 
 
 def test_graph_checks_and_intermediate_outputs():
-    model = initialized(MODELS["graph"])
-    x, c = inputs_of(model, torch.float32)
+    model = TESTS.initialized(image_graph)
+    x, c = TESTS.inputs(model)
     want, _ = model(x, c, intermediate_outputs=True)
     accelerate(model)
     outs, jacobians = model(x, c, intermediate_outputs=True)
@@ -323,10 +269,6 @@ def test_graph_releases_outputs_after_their_last_use(blocks):
     with torch.no_grad():
         model(torch.zeros(2, 4))
     assert len(alive) <= 2
-
-
-def test_untested_code_is_left(monkeypatch):
-    peers.assert_untested_code_is_left(ADAPTER, monkeypatch, image_graph())
 
 
 def test_unsupported_layers_are_left():
