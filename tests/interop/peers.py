@@ -116,54 +116,6 @@ def assert_left_alone(model: nn.Module) -> Report:
     return report
 
 
-def assert_checkpoints_and_copies(
-    model: nn.Module, fast: nn.Module, value: Callable[[nn.Module], Tensor], pickles: bool = True
-) -> None:
-    """Assert that checkpoints, copies and deceleration of an accelerated model work.
-
-    - It has the parameters that it had before, and loads a checkpoint of the original.
-    - Copies, and with `pickles` also pickles, compute the same, with weights of their own.
-    - Decelerated, it has the original classes and computes what the original does.
-
-    Args:
-        model, fast: two models of the same architecture; `fast` is accelerated.
-        value: computes the result to compare.
-    """
-    perturbed(fast, seed=7)
-    parameters = [id(p) for p in fast.parameters()]
-    accelerate(fast)
-    assert [id(p) for p in fast.parameters()] == parameters
-    assert not same_state(fast, model)
-    fast.load_state_dict(model.state_dict())
-    assert same_state(fast, model)
-    want = value(model)
-    torch.testing.assert_close(value(fast), want)
-    copies = [copy.deepcopy(fast)]
-    if pickles:
-        copies.append(pickle.loads(pickle.dumps(fast)))
-    for copied in copies:
-        assert classes(copied) == classes(fast)
-        torch.testing.assert_close(value(copied), want)
-        perturbed(copied)  # must not change the original
-        assert not torch.equal(value(copied), value(fast))
-    decelerate(fast)
-    assert classes(fast) == classes(model)
-    assert not any(map(is_accelerated, fast.modules()))
-    assert torch.equal(value(fast), want)
-
-
-def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:
-    """Assert that torch.export exports a method of a model, and that the program equals it."""
-
-    class Exported(nn.Module):
-        def forward(self, *inputs: Any) -> tuple[Any, Tensor]:
-            return call(*inputs)
-
-    with torch.no_grad():
-        program = torch.export.export(Exported(), inputs)
-        torch.testing.assert_close(program.module()(*inputs), call(*inputs))
-
-
 def seeded(make: Callable[[], nn.Module]) -> Any:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - FrEIA draws from this generator
@@ -286,9 +238,32 @@ class LibraryTests:
         return losses
 
     def test_checkpoints_and_copies(self) -> None:
+        """An accelerated model has the parameters that it had before, and loads a checkpoint of the
+        original. Copies and pickles compute the same, with weights of their own. Decelerated, it
+        has the original classes and computes what the original does."""
         model, fast = (self.initialized(self.models[self.copied]) for _ in range(2))
+        perturbed(fast, seed=7)
         given = self.inputs(model)
-        assert_checkpoints_and_copies(model, fast, lambda m: self.log_prob(m, *given), self.pickles)
+        parameters = [id(p) for p in fast.parameters()]
+        accelerate(fast)
+        assert [id(p) for p in fast.parameters()] == parameters
+        assert not same_state(fast, model)
+        fast.load_state_dict(model.state_dict())
+        assert same_state(fast, model)
+        want = self.log_prob(model, *given)
+        torch.testing.assert_close(self.log_prob(fast, *given), want)
+        copies = [copy.deepcopy(fast)]
+        if self.pickles:
+            copies.append(pickle.loads(pickle.dumps(fast)))
+        for copied in copies:
+            assert classes(copied) == classes(fast)
+            torch.testing.assert_close(self.log_prob(copied, *given), want)
+            perturbed(copied)  # must not change the original
+            assert not torch.equal(self.log_prob(copied, *given), self.log_prob(fast, *given))
+        decelerate(fast)
+        assert classes(fast) == classes(model)
+        assert not any(map(is_accelerated, fast.modules()))
+        assert torch.equal(self.log_prob(fast, *given), want)
 
     def test_untested_code_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every accelerated class has a fingerprint, and other code is left alone."""
@@ -299,6 +274,14 @@ class LibraryTests:
         report = assert_left_alone(seeded(self.models[self.copied]))
         assert "is not that of a tested version" in str(report)
 
+    def left(self) -> Iterable[tuple[nn.Module, str]]:
+        """Models without a layer that can be accelerated, with words of the reason."""
+        raise NotImplementedError
+
+    def test_other_layers_are_left(self) -> None:
+        for model, why in self.left():
+            assert why in str(assert_left_alone(model))
+
 
 class LayerTests(LibraryTests):
     """The tests of a library whose layers are used alone, too."""
@@ -308,8 +291,21 @@ class LayerTests(LibraryTests):
         raise NotImplementedError
 
     def both_ways(self, layer: Any, x: Tensor, *c: Tensor) -> list[Any]:
-        """What a layer returns in both directions, flat."""
+        """What a layer returns from data to latent, and then from latent to data, flat."""
         raise NotImplementedError
+
+    def actnorm(self) -> nn.Module:
+        """An actnorm of 4 channels."""
+        raise NotImplementedError
+
+    def test_a_constant_channel_keeps_its_scale(self) -> None:
+        layer, x = self.actnorm(), torch.randn(50, 4)
+        x[:, 2] = 3.0
+        accelerate(layer)
+        z = self.both_ways(layer, x)[0]
+        assert z.isfinite().all()
+        torch.testing.assert_close(z[:, 2], torch.zeros(50))
+        torch.testing.assert_close(z[:, 0].std(), torch.tensor(1.0))
 
     def test_single_layers_keep_their_interface(self) -> None:
         torch.manual_seed(0)
