@@ -76,8 +76,8 @@ class Params(nn.Module):
             return F.linear(x, weight, bias)
         return last._conv_forward(x, weight, bias)
 
-    def given(self, conditions: tuple[int, ...]) -> "Params":
-        """Return a copy that receives only these conditions of its sequence."""
+    def given(self, conditions: tuple[int, ...] | None) -> "Params":
+        """Return a copy that receives only these conditions of its sequence, or all."""
         made = copy.copy(self)
         made.conditions = conditions
         return made

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
-from typing import Any, cast
+from itertools import groupby, repeat
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,17 +62,15 @@ class Visitor:
 
     def _fused(self, container: nn.Module, name: str, kind: type[nn.Module]) -> Any:
         """Return what a container's methods need to run sequences; None if it is left."""
-        methods, cls = self.adapter.methods[kind.__name__], type(container)
+        cls, prefix = type(container), f"{name}." if name else ""
         if why := why_untested(self.adapter.fingerprints, kind):
             fused: Any = why
-        elif any(getattr(cls, n) is not getattr(kind, n) for n in methods):
-            fused = (
-                f"it has methods of its own in place of {kind.__name__}'s: layers run one by one"
-            )
+        elif any(
+            getattr(cls, n) is not getattr(kind, n) for n in self.adapter.methods[kind.__name__]
+        ):
+            fused = f"it has methods of its own in place of {kind.__name__}'s"
         else:
-            fused = self.adapter.fuse(
-                container, kind, partial(self._cut, f"{name}." if name else "")
-            )
+            fused = self.adapter.fuse(container, kind, partial(self._cut, prefix))
         if isinstance(fused, str):
             self.left.append(Left(name, cls.__name__, fused))
             return None
@@ -107,29 +105,22 @@ class Visitor:
     ) -> list[Piece]:
         """See `cut` of `Adapter.fuse`; `prefix` comes before the names."""
         pieces: list[Piece] = []
-        found = [self._parts(layer) for layer in layers]
-        for fusable, run in groupby(range(len(layers)), lambda i: not isinstance(found[i], str)):
-            places = list(run)
-            members = [layers[i] for i in places]
+        found = map(self._parts, layers)
+        each = zip(layers, names, found, conditions or repeat(None), strict=False)
+        for is_left, run in groupby(each, lambda one: isinstance(one[2], str)):
+            members, own_names, own, taken = map(list, zip(*run, strict=True))
             parts: list[Part] = []
-            if fusable:
-                for i in places:
-                    own = cast(tuple[Part, ...], found[i])
-                    parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
-            if (
-                not fusable
-                or len(members) == 1
-                or _only_permutes(parts)
-                or self._why_slower(members, parts)
-            ):
+            if not is_left:
+                parts = [_given(p, c) for ps, c in zip(own, taken, strict=True) for p in ps]
+            if len(members) == 1 or _only_permutes(parts) or self._why_slower(members, parts):
                 pieces += [([member], None) for member in members]
                 continue
             pieces.append((members, self._sequence(parts)))
             self._in_sequences.update(map(id, members))
+            by = f"{'one reversible run' if self.reversible else 'one run'} of {describe(parts)}"
             counts = Counter(type(m).__name__ for m in members)
             classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
-            by = f"{'one reversible run' if self.reversible else 'one run'} of {describe(parts)}"
-            self.replaced.append(Replaced(prefix + names[places[0]], classes, by))
+            self.replaced.append(Replaced(prefix + own_names[0], classes, by))
         return pieces
 
     def _kind_of(self, cls: type) -> str:
@@ -207,7 +198,7 @@ class Visitor:
             return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
 
 
-def _given(part: Part, conditions: tuple[int, ...]) -> Part:
+def _given(part: Part, conditions: tuple[int, ...] | None) -> Part:
     """Return the part with a network that takes only these of the container's conditions."""
     if isinstance(part, Coupling) and isinstance(part.net, Params):
         return replace(part, net=part.net.given(conditions))

@@ -24,6 +24,7 @@ from mflow_kernels.interop.linear import (
     Reorder,
     inverse_of,
     one_linear,
+    permutation,
     stack,
 )
 from mflow_kernels.interop.params import Joined, Params, Passing
@@ -47,10 +48,6 @@ def _actnorms(modules: Sequence[Any]) -> Affine:
     log_scale = torch.stack([m.scale for m in modules]).flatten(1)
     bias = torch.stack([m.bias for m in modules]).flatten(1)
     return Affine(log_scale.exp(), bias, log_scale.sum(1))
-
-
-def _permutations(modules: Sequence[Any]) -> Affine:
-    return Affine(torch.stack([m.perm for m in modules]))
 
 
 def _fixed_convs(modules: Sequence[Any]) -> Affine:
@@ -104,14 +101,6 @@ def _block_permutations(blocks: Sequence[Any]) -> Affine:
 
 def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
     return _orthogonal(_block_permutations(blocks).weight.mT)
-
-
-def _block_orders(blocks: Sequence[Any]) -> Affine:
-    return Affine(stack([b.w_perm for b in blocks]))
-
-
-def _block_orders_back(blocks: Sequence[Any]) -> Affine:
-    return Affine(stack([b.w_perm_inv for b in blocks]))
 
 
 def is_pending(layer: Any) -> bool:
@@ -236,18 +225,15 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
 def _mixing(block: Any) -> tuple[Part, Part]:
     """The permutation or rotation of a block, and its inverse."""
     if not block.householder and not block.w_perm.is_floating_point():
-        there, back = (
-            Linear(block, read, "permutation") for read in (_block_orders, _block_orders_back)
-        )
-        return there, back
+        return permutation(block, "w_perm"), permutation(block, "w_perm_inv")
     if not block.householder:
-        order = OfMatrix(block, "w_perm")
-        if order.holds():
-            return Reorder(order), Reorder(OfMatrix(block, "w_perm", back=True))
+        there, back = (OfMatrix(block, "w_perm", back) for back in (False, True))
+        if there.holds():
+            return Reorder(there, there.holds), Reorder(back, back.holds)
     fixed = not (block.householder or block.w_perm.requires_grad)
     reads = _block_permutations, _block_permutations_back
-    there, back = (Linear(block, read, "rotation", fixed=fixed) for read in reads)
-    return there, back
+    rotation, inverse = (Linear(block, read, "rotation", fixed=fixed) for read in reads)
+    return rotation, inverse
 
 
 def _householder(layer: Any) -> tuple[Part, ...] | str:
@@ -281,7 +267,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     Fm.RNVPCouplingBlock: _rnvp_coupling,
     Fm.NICECouplingBlock: _nice_coupling,
     Fm.AffineCouplingOneSided: _one_sided,
-    Fm.PermuteRandom: one_linear(_permutations, "permutation"),
+    Fm.PermuteRandom: lambda layer: (permutation(layer, "perm"),),
     Fm.Fixed1x1Conv: one_linear(_fixed_convs),
     Fm.FixedLinearTransform: one_linear(_fixed_linears),
     Fm.HouseholderPerm: _householder,
