@@ -2,8 +2,8 @@
 
 On CUDA, torch's operators return other layouts than on a CPU. The tests therefore replace the
 operators that models use by ones that behave as on CUDA: `pixel_shuffle` and `pixel_unshuffle`
-return contiguous tensors, and a convolution is in channels_last if its input or its weight is. They then check every tensor that a kernel (without the interpreter, a loop of csrc) reads or
-writes.
+return contiguous tensors, and a convolution is in channels_last if its input or its weight is. They
+then check every tensor that a kernel (without the interpreter, a loop of csrc) reads or writes.
 """
 
 from collections.abc import Callable
