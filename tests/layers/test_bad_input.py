@@ -133,20 +133,32 @@ def test_contexts(channels: int, context: object, error: type[Exception], words:
         flow.inverse((normal(2, 4, 2, 2),), context=context)
 
 
+class Twice(nn.Module):
+    """A network that doubles the channels, and returns what `kind` makes of the result."""
+
+    def __init__(self, kind: Callable[[Tensor], object] = Tensor.clone) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> object:
+        return self.kind(torch.cat([x, x], 1))
+
+
 def test_outputs_of_networks() -> None:
     flow = glow(network=lambda i, o: nn.Conv2d(i, o + 1, 1))
     for call in (flow, FlowStep(4, nn.Conv2d(2, 5, 1)), flow.chain.layers[1].coupling):
         x = normal(2, 1, 4, 4) if call is flow else normal(2, 4, 2, 2)
         with pytest.raises(ValueError, match=r"net's output: .*\(2, 4, 2, 2\), got \(2, 5, 2, 2\)"):
             call(x)
+    for output in (list, tuple):
+        words = f"net's output: expected a torch.Tensor, got {output.__name__}"
+        for reversible in (True, False):
+            listed = ReversibleChain([FlowStep(4, Twice(output))], reversible=reversible)
+            with pytest.raises(TypeError, match=words):
+                listed(normal(2, 4, 2, 2))
     frames = AffineCoupling(4, nn.Conv1d(2, 4, 1), scale=None)
     with pytest.raises(ValueError, match=r"net's output: .*\(2, 2, 8\), got \(2, 4, 8\)"):
         frames(FRAMES)
-
-
-class Twice(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x], 1)
 
 
 @pytest.mark.parametrize("elsewhere", [0, 2])
