@@ -139,8 +139,8 @@ class InvertibleConv1x1(Instructed):
 
 
 def condition_number(weight: Tensor) -> Tensor:
-    """Largest singular value over the smallest; infinite if the matrix is not finite."""
+    """Largest singular value over the smallest; infinite if the matrix is 0 or not finite."""
     if not weight.isfinite().all():
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)
-    return singular[0] / singular[-1]
+    return (singular[0] / singular[-1]).nan_to_num(math.inf, math.inf)  # 0 / 0 of W = 0
