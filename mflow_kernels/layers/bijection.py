@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mflow_kernels import ops
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Layer
 from mflow_kernels.reversible.masks import with_mask
@@ -81,17 +82,24 @@ class Bijection(nn.Module):
         return self(x, *context)
 
 
-def run_instructions(
-    layer: Bijection, x: Tensor, context: Sequence[Any], *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Run the instructions of a layer that splits off no latents, or their inverses.
+class Instructed(Bijection):
+    """A layer that runs its `instructions` when it is called, too. They split off no latents."""
 
-    Returns:
-        The state, and the log-determinant (N,).
-    """
-    if layer.masked:
-        x, context = with_mask(x, context)
-    program = Program(layer.instructions())
-    program = program.inverted() if inverse else program
-    x, _, ledger, log_det = apply_stored(program, x, (), context)
-    return x, ops.accumulate_logdet(ledger, log_det)
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return Program(self.instructions()).latent_shapes(shape)[-1]
+
+    def checked(self, name: str, value: object) -> Tensor:
+        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
+        return flow_state(name, value)
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(Program(self.instructions()), self.checked("x", x), context)
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(Program(self.instructions()).inverted(), self.checked("z", z), context)
+
+    def _run(self, program: Program, x: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        if self.masked:
+            x, context = with_mask(x, context)
+        x, _, ledger, log_det = apply_stored(program, x, (), context)
+        return x, ops.accumulate_logdet(ledger, log_det)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import on_gpu, transformed
 from mflow_kernels.ops.layouts import is_channels_last, pixels
-from mflow_kernels.reversible.instructions import Rearrange, Shape
+from mflow_kernels.reversible.instructions import Directed, Rearrange, Shape
 
 
-class SpaceToDepth(Rearrange):
+class SpaceToDepth(Directed, Rearrange):
     """(N, C, H, W) -> (N, 4C, H/2, W/2), or back if `inverted`, in `F.pixel_unshuffle`'s channel
     order.
 
@@ -23,10 +23,10 @@ class SpaceToDepth(Rearrange):
 
     def __init__(self, inverted: bool = False) -> None:
         self.inverted = inverted
-        self.halvings = -1 if inverted else 1
 
-    def inverse(self) -> "SpaceToDepth":
-        return SpaceToDepth(not self.inverted)
+    @property
+    def halvings(self) -> int:  # type: ignore[override]
+        return -1 if self.inverted else 1
 
     def shape(self, shape: Shape) -> Shape:
         """Raises ValueError: another number of axes, odd H or W, or (inverted) a number of
@@ -116,7 +116,7 @@ class Reorder(Rearrange):
         return rows.movedim(-1, 1) if last else rows
 
 
-class PairPixels(Rearrange):
+class PairPixels(Directed, Rearrange):
     """(N, C, ...) -> (N, 2C, ...) with half of the pixels: a coupling's two halves of the channels
     are then two sets of pixels. Or back, if `inverted`.
 
@@ -131,9 +131,6 @@ class PairPixels(Rearrange):
     def __init__(self, by: str, inverted: bool = False) -> None:
         self.by, self.inverted = by, inverted
         self.moves_pixels = by == "halves"
-
-    def inverse(self) -> "PairPixels":
-        return PairPixels(self.by, not self.inverted)
 
     def shape(self, shape: Shape) -> Shape:
         c, *sizes = shape

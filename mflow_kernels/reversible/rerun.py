@@ -235,7 +235,10 @@ class RerunCall:
         """Restore the modes and random numbers of the first run, and hide running statistics."""
         for store, name, p, _ in self._parameters:
             if store.get(name) is not p:
-                raise_replaced()
+                raise RuntimeError(
+                    "ReversibleChain: after the forward pass a parameter was replaced by another "
+                    "tensor (as torch.func.functional_call does); reversible=False allows that"
+                )
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
         buffers = [(m, dict(m._buffers)) for m in self._norms]
@@ -313,11 +316,6 @@ class RerunCall:
             f"it changes. Its gradients would be wrong; {STORE}"
         )
 
-    def remember(self, draws: bool) -> None:
-        """Record that its two runs agreed in these modes, and whether they drew random numbers."""
-        known = _known.setdefault(self.module, {}).setdefault(self._key, Known([]))
-        known.draws = draws
-
     def _check_capturable(self) -> None:
         """Raise RuntimeError unless the module can run twice in a CUDA graph, which cannot restore
         the random state."""
@@ -365,13 +363,6 @@ def _detached(result: Any) -> Any:
     return result.detach() if isinstance(result, Tensor) else result
 
 
-def raise_replaced() -> NoReturn:
-    raise RuntimeError(
-        "ReversibleChain: after the forward pass a parameter was replaced by another tensor (as "
-        "torch.func.functional_call does); reversible=False allows that"
-    )
-
-
 def check_repeats(calls: Sequence[RerunCall]) -> None:
     """Check the calls whose two runs were compared, and remember that they agreed.
 
@@ -385,4 +376,5 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
     for call, value in zip(differences, found, strict=True):
         if value > ROUNDING:
             call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
-        call.remember(call.random is not None)
+        assert call.known is not None  # the first run was seen
+        call.known.draws = call.random is not None

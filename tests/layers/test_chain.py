@@ -1,6 +1,6 @@
 """Reversible chains have the gradients of stored ones and leave the caller's tensors alone."""
 
-import copy
+from collections.abc import Callable
 from itertools import groupby
 
 import pytest
@@ -8,10 +8,9 @@ import torch
 from cases import perturbed
 from torch import Tensor, nn
 
-from layers.chains import assert_all_close, chain_of, gradients, loss_of
+from layers.chains import assert_all_close, both_gradients, chain_of, loss_of, parts
 from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import Program
 from mflow_kernels.testing import assert_close
 
 
@@ -33,37 +32,55 @@ def test_memory_holds_only_the_first_and_last_state() -> None:
         assert len(states_saved) == 3 + 2 * states
 
 
+class Labelled(nn.Module):
+    """A network for any number of channels, which gets a context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        params = torch.cat([x.cumsum(1), x.sin()], 1)
+        return params * self.label(label)[:, :, None, None]
+
+
+def in_all_levels() -> list[nn.Module]:
+    net = Labelled()
+    coarse = [Squeeze(), FlowStep(8, net), FlowStep(8, net)]
+    return [Squeeze(), FlowStep(4, net), FlowStep(4, net), Split(4, net), *coarse]
+
+
+def step_twice(*between: nn.Module) -> list[nn.Module]:
+    step = FlowStep(4, Labelled())
+    return [Squeeze(), step, *between, step]
+
+
+def frozen_in_part() -> list[nn.Module]:
+    net = Labelled()
+    net.label.weight.requires_grad_(False)
+    steps = [FlowStep(4, net) for _ in range(3)]
+    steps[1].actnorm.bias.requires_grad_(False)
+    return [Squeeze(), *steps]
+
+
+SHARED = {
+    "a network of all levels": in_all_levels,
+    "a step, adjacent": step_twice,
+    "a step, apart": lambda: step_twice(FlowStep(4, Labelled())),
+    "a network that is frozen in part": frozen_in_part,
+}
+
+
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
-def test_a_node_for_each_level_changes_no_bit(
-    backwards: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gradients of networks and context that levels share are added in the same order."""
-
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.label = nn.Linear(3, 1)
-
-        def forward(self, x: Tensor, label: Tensor) -> Tensor:
-            params = torch.cat([x.cumsum(1), x.sin()], 1)
-            return params * self.label(label)[:, :, None, None]
-
-    shared = Wide()
-    steps = [FlowStep(c, shared) for c in (4, 4, 8, 8)]
-    layers = [Squeeze(), *steps[:2], Split(4, shared), Squeeze(), *steps[2:]]
-    chain = perturbed(ReversibleChain(layers, checkpoint_every=2))
-    x, label = torch.randn(2, 1, 8, 8), torch.randn(2, 3)
-    z = tuple(part.detach() for part in chain(x, label)[0])
-
-    def run() -> list[Tensor]:
-        if backwards:
-            return gradients(chain, *z, label, call=lambda *i: chain.inverse(i[:-1], i[-1]))
-        return gradients(chain, x, label, call=chain)
-
-    several = run()
-    assert len(Program(chain.instructions()).segments()) == 2
-    monkeypatch.setattr(Program, "segments", lambda program: [program.instructions])
-    assert all(map(torch.equal, several, run()))
+@pytest.mark.parametrize("layers", SHARED.values(), ids=SHARED)
+def test_what_layers_share(layers: Callable[[], list[nn.Module]], backwards: bool) -> None:
+    chain = perturbed(ReversibleChain(layers(), checkpoint_every=2)).double()
+    x, label = torch.randn(2, 1, 8, 8).double(), torch.randn(2, 3).double()
+    z = tuple(part.detach() for part in parts(chain(x, label)[0]))
+    given = (*z, label) if backwards else (x, label)
+    got, want = both_gradients(chain, *given, backwards=backwards, contexts=1)
+    assert len(got) == 1 + len(given) + sum(p.requires_grad for p in chain.parameters())
+    assert_all_close(got, want, terms=2 * 3 * 64)
 
 
 class Noted(nn.Module):
@@ -101,19 +118,16 @@ def test_gradients_of_a_level_are_complete_before_the_next_is_undone(backwards: 
 
 
 def test_frozen_levels_are_not_undone() -> None:
-    stored = perturbed(Glow((1, 8, 8), 3, 1, 4, reversible=False))
-    layers = list(stored.chain.layers)
-    for layer in layers[: len(layers) // 2]:
+    chain = perturbed(Glow((1, 8, 8), 3, 1, 4)).chain
+    for layer in list(chain.layers)[: len(chain.layers) // 2]:
         layer.requires_grad_(False)
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.chain.reversible = True
+    trained = [p for p in chain.parameters() if p.requires_grad]
     x = torch.randn(2, 1, 8, 8)
     results = []
-    for flow in (stored, rebuilt):
-        parameters = [p for p in flow.parameters() if p.requires_grad]
-        results.append(list(torch.autograd.grad(loss_of(*flow(x)), parameters)))
-    assert_all_close(results[1], results[0], terms=2 * 3 * 64)
-    assert rebuilt.chain.drift is not None
+    for chain.reversible in (True, False):
+        results.append(list(torch.autograd.grad(loss_of(*chain(x)), trained)))
+    assert_all_close(*results, terms=2 * 3 * 64)
+    assert chain.drift is not None
 
 
 def test_twice_in_one_graph_and_autograd_grad() -> None:
@@ -141,14 +155,11 @@ def test_a_stored_state_replaces_the_rebuilt_one() -> None:
     """The errors of rebuilt states neither add up nor enter the gradients."""
     scale = ScaleFunction("exp", order="scale-shift")
     steps = [FlowStep(4, Squash(), scale=scale) for _ in range(4)]
-    stored = perturbed(ReversibleChain(steps, reversible=False, checkpoint_every=1))
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(2, 4, 3, 3)
-    got, want = (gradients(chain, x, call=chain) for chain in (rebuilt, stored))
+    chain = perturbed(ReversibleChain(steps, checkpoint_every=1))
+    got, want = both_gradients(chain, torch.randn(2, 4, 3, 3))
     assert_all_close(got, want, terms=2 * 3 * 18)
-    assert rebuilt.drift is not None
-    assert rebuilt.drift > 1e-5
+    assert chain.drift is not None
+    assert chain.drift > 1e-5
 
 
 def test_drift_is_the_largest_of_a_graph() -> None:

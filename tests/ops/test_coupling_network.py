@@ -184,9 +184,7 @@ def test_kernels_in_gluon_are_for_hopper_whole_rows_and_known_versions(
 
 
 @pytest.mark.parametrize(
-    "case",
-    [((1, 6, 10, 40), 128, 12), ((3, 6, 9, 8), 160, 6), ((5, 24, 8, 8), 256, 48)],
-    ids=str,
+    "case", [((1, 6, 10, 40), 128, 12), ((3, 6, 9, 8), 160, 6), ((5, 24, 8, 8), 256, 48)], ids=str
 )
 def test_programs_of_the_two_backward_launches(
     kernel_device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch
