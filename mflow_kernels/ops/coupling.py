@@ -127,7 +127,7 @@ def coupling_backward(
         return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
     if cpu.serves(x):
         how = scale.args, x.shape[1] // 2, inverse
-        dx, dparams = cpu.change_half_backward("coupling", dy, dledger, x, params, *how)
+        dx, dparams = cpu.change_half_backward("coupling", dy, dledger[:, :1], x, params, *how)
         return in_layout_of(x, dx), in_layout_of(params, dparams)
     reference = partial(affine_coupling_ref, scale=scale, inverse=inverse)
     dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))

@@ -156,7 +156,7 @@ def spline_backward(
         return dx, dparams
     if cpu.serves(x):
         how = spline.args, identity, inverse
-        dx, dparams = cpu.change_half_backward("spline", dy, dledger, x, params, *how)
+        dx, dparams = cpu.change_half_backward("spline", dy, dledger[:, :1], x, params, *how)
     else:
         reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
         dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))

@@ -280,26 +280,15 @@ def rebuild_conv1x1(
         outer_sum, dbias: receive the partial sums, (splits, C, C) and (splits, C), contiguous, with
             `rebuild_splits` splits.
     """
+    given = y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last
     if uses_triton(y[0]):
-        return launch_rebuild_conv1x1(
-            y,
-            dy,
-            dnet,
-            weight,
-            weight_inverse,
-            bias,
-            net_dtype,
-            channels_last,
-            separate_halves,
-            outer_sum,
-            dbias,
-        )
+        return launch_rebuild_conv1x1(*given, separate_halves, outer_sum, dbias)
     if weight.shape[0] <= cpu.CONV1X1_MAX_CHANNELS and cpu.serves(y[1]):
-        dx = empty_state(y[1], weight.shape[0], channels_last)
+        dx, sums = empty_state(y[1], weight.shape[0], channels_last), (outer_sum, dbias)
         x, net, _, _ = cpu.conv1x1_backward(
-            y, dy, dnet, weight, dx, weight_inverse, bias, net_dtype, (outer_sum, dbias)
+            y, dy, dnet, weight, dx, weight_inverse, bias, net_dtype, sums
         )
         assert x is not None
         return in_one_piece(x, dx, net if net_dtype is not None else None, outer_sum, dbias)
-    made = rebuild_conv1x1_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
+    made = rebuild_conv1x1_ref(*given)
     return made._replace(outer_sum=outer_sum.copy_(made.outer_sum), dbias=dbias.copy_(made.dbias))

@@ -1,8 +1,10 @@
 """The masked penalty at special values. `test_values.py` and the fuzz test it on all layouts."""
 
+import contextlib
 import importlib
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,3 +170,37 @@ def test_float16_on_a_cpu_is_computed_in_float32(view: Any) -> None:
     grads = torch.autograd.grad(got, (x, target), [torch.ones_like(v) for v in got])
     expected = torch.autograd.grad(want, wide, [torch.ones_like(v) for v in want])
     assert all(torch.equal(a, b.half()) for a, b in zip(grads, expected, strict=True))
+
+
+def _extension(**changes: Any) -> SimpleNamespace:
+    working = dict(cuda_archs=["sm_90"], cuda_note="", cuda_problem=lambda: "")
+    return SimpleNamespace(**(working | changes))
+
+
+@pytest.mark.parametrize(
+    ("extension", "why"),
+    [
+        (None, r"_C is not built"),
+        (_extension(cuda_archs=[], cuda_note="no nvcc"), r"no CUDA kernels \(no nvcc\)"),
+        (
+            _extension(cuda_problem=lambda: "CUDA driver version is insufficient"),
+            r"cannot run \(CUDA driver version is insufficient\)",
+        ),
+    ],
+)
+def test_a_gpu_without_kernels_falls_back_with_one_warning(
+    extension: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(module, "_C", extension)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    module._why_not_cuda.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=why + ".*MFLOW_CUDA=1") as warned:
+            assert all(module._native(gpu) is None for _ in range(3))
+        assert len(warned) == 1
+        monkeypatch.setattr(module, "_C", _extension())
+        module._why_not_cuda.cache_clear()
+        assert module._native(gpu) is module._C
+    finally:
+        module._why_not_cuda.cache_clear()

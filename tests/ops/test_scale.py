@@ -46,24 +46,6 @@ def test_bounded(kind):
     assert slope.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "relu"}, f"scale.kind: expected one of {KINDS}, got 'relu'"),
-        ({"order": "both"}, "scale.order: expected one of shift-scale, scale-shift, got 'both'"),
-        ({"eps": -1e-3}, "scale.eps: expected a finite number >= 0, got -0.001"),
-        ({"eps": float("nan")}, "scale.eps: .* got nan"),
-        ({"clamp": 0.0}, "scale.clamp: expected a finite number > 0, got 0.0"),
-        ({"clamp": float("inf")}, "scale.clamp: .* got inf"),
-        ({"offset": float("inf")}, "scale.offset: expected a finite number, got inf"),
-        ({"offset": float("nan")}, "scale.offset: .* got nan"),
-    ],
-)
-def test_bad_input(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ScaleFunction(**arguments)
-
-
 def by_loops(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
     """Compute log s and its slope by the loops of csrc.
 
