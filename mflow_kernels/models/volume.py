@@ -211,16 +211,20 @@ def lanczos(
     q = torch.where(length[:, None] > 0, z / length[:, None], any_direction)
     basis: list[Tensor] = []
     values: list[Tensor] = []
-    t = z.new_zeros((rows, 0, 0), dtype=torch.float64)
-    off_diagonal = z.new_zeros(rows, dtype=torch.float64)
-    largest = torch.zeros_like(off_diagonal)
-    active = torch.ones_like(off_diagonal, dtype=torch.bool)
+    largest = z.new_zeros(rows, dtype=torch.float64)
+    active = torch.ones_like(largest, dtype=torch.bool)
+    diagonals: list[Tensor] = []  # of the tridiagonal matrices t (rows, k, k)
+    below: list[Tensor] = []
     for _ in range(min(iterations, d)):
         basis.append(q)
         w = multiply(q)
         diagonal = (w * q).sum(1).double()
         # If a row's Krylov space is exhausted, append a decoupled 1, whose weight is 0.
-        t = _extended(t, torch.where(active, diagonal, 1.0), off_diagonal)
+        diagonals.append(torch.where(active, diagonal, 1.0))
+        t = torch.diag_embed(torch.stack(diagonals, 1))
+        if below:
+            side = torch.diag_embed(torch.stack(below, 1), -1)
+            t = t + side + side.mT
         nodes, vectors = torch.linalg.eigh(t)
         weights = (length[:, None] * vectors[:, 0]).square()
         value, error = estimate(nodes, weights)
@@ -235,7 +239,7 @@ def lanczos(
         missing = torch.zeros_like(value) if complete else _missing(values)
         if (missing <= error / 10).all():
             break
-        off_diagonal = torch.where(active, norm, 0.0)
+        below.append(torch.where(active, norm, 0.0))
         q = torch.where(active, 1 / norm, 0.0).to(z.dtype)[:, None] * w
     first = torch.zeros_like(t[:, :, 0])
     first[:, 0] = length
@@ -254,16 +258,6 @@ def _missing(values: list[Tensor]) -> Tensor:
     before, last = (values[-2] - values[-3]).abs(), (values[-1] - values[-2]).abs()
     ratio = torch.where(before > 0, last / before, 0.0).clamp(max=0.95)
     return last / (1 - ratio)
-
-
-def _extended(t: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
-    """Add one row and one column to the tridiagonal matrices t (rows, k, k)."""
-    k = t.shape[1]
-    extended = torch.nn.functional.pad(t, (0, 1, 0, 1))
-    extended[:, k, k] = diagonal
-    if k:
-        extended[:, k, k - 1] = extended[:, k - 1, k] = off_diagonal
-    return extended
 
 
 def mean_over_probes(each: Tensor) -> tuple[Tensor, Tensor]:

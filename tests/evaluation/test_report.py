@@ -167,10 +167,7 @@ class TestMissingParts:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (
-                "--feature-weights none.pth",
-                "--feature-weights: expected a file of weights of 'in",
-            ),
+            ("--feature-weights none.pth", "--feature-weights: expected a file of weights of 'in"),
             ("--features resnet18", "--feature-weights: expected a file of weights of 'resnet18'"),
             ("--draws 0", "--draws: expected at least 1, got 0"),
             ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
