@@ -62,14 +62,37 @@ def log_volume(
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
 
+    def exact(decode: Decode, u: Tensor) -> Tensor:
+        hint = "; method='hutchinson' estimates the log-determinant in less memory"
+        found = jacobians(decode, u, dimensions, max_bytes, hint)
+        diagonals = [torch.linalg.qr(j).R.diagonal(dim1=1, dim2=2) for j in found]
+        return torch.cat(diagonals).abs().log().sum(1)
+
+    def stochastic(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(u)
+        z = random_signs(n * probes, u, generator)
+        rows = u.repeat_interleave(probes, 0)
+
+        def half_log(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            logs = nodes.clamp(min=torch.finfo(nodes.dtype).tiny).log()
+            return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
+
+        value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
+        value, error = value.to(u.dtype), error.to(u.dtype)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                solved = push_forward(decode, rows, solution)
+            # The difference below is 0 and only carries the gradient.
+            surrogate = (solved * push_forward(decode, rows, z)).sum(1).view(n, probes).mean(1)
+            value = value + (surrogate - surrogate.detach())
+        return value, error
+
     def estimate(decode: Decode, u: Tensor) -> Estimate:
         if method == "exact":
-            hint = "; method='hutchinson' estimates the log-determinant in less memory"
-            found = jacobians(decode, u, dimensions, max_bytes, hint)
-            value = torch.cat([_log_volume_of(j) for j in found]).to(u.dtype)
+            value = exact(decode, u).to(u.dtype)
             return Estimate(value, torch.zeros_like(value))
         parts = u.split(max(1, PASS_ELEMENTS // (dimensions * probes)))
-        return _joined(_stochastic(decode, part, probes, iterations, generator) for part in parts)
+        return _joined(stochastic(decode, part) for part in parts)
 
     return for_each_context(estimate, decode, u, context)
 
@@ -136,35 +159,6 @@ def push_forward(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
         x = forward_ad.unpack_dual(decode(forward_ad.make_dual(u, v)))
         tangent = torch.zeros_like(x.primal) if x.tangent is None else x.tangent
         return tangent.flatten(1)
-
-
-def _log_volume_of(jacobian: Tensor) -> Tensor:
-    """Return 1/2 log det J^T J (n,) of Jacobians (n, D, d)."""
-    _, r = torch.linalg.qr(jacobian)
-    return r.diagonal(dim1=1, dim2=2).abs().log().sum(1)
-
-
-def _stochastic(
-    decode: Decode, u: Tensor, probes: int, iterations: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return the estimate and its error, (N,) each; the estimate carries the gradient."""
-    n = len(u)
-    z = random_signs(n * probes, u, generator)
-    rows = u.repeat_interleave(probes, 0)
-
-    def half_log(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        logs = nodes.clamp(min=torch.finfo(nodes.dtype).tiny).log()
-        return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
-
-    value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
-    value, error = value.to(u.dtype), error.to(u.dtype)
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            solved = push_forward(decode, rows, solution)
-        # The difference below is 0 and only carries the gradient.
-        surrogate = (solved * push_forward(decode, rows, z)).sum(1).view(n, probes).mean(1)
-        value = value + (surrogate - surrogate.detach())
-    return value, error
 
 
 def random_signs(rows: int, u: Tensor, generator: torch.Generator | None) -> Tensor:
