@@ -93,7 +93,7 @@ def local_dimension(
     each: Tensor | None = for_each(context, x, model)
     u, dimensions = chart.encode(x, context=each), math.prod(chart.input_shape)
 
-    def exact(decode: Decode, u: Tensor) -> Tensor:
+    def exact(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
         found, start = [], 0
         for jacobian in jacobians(decode, u, dimensions, max_bytes):
             z = u[start : start + len(jacobian)].double()
@@ -102,7 +102,8 @@ def local_dimension(
             share, between = _shares(singular, scale)
             along = (vectors @ z[:, :, None])[..., 0]
             found.append((share + between * along.square()).sum(1))
-        return torch.cat(found)
+        value = torch.cat(found)
+        return value, torch.zeros_like(value)
 
     def quadrature(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
         n, d = u.shape
@@ -118,16 +119,10 @@ def local_dimension(
         rows = u.repeat_interleave(probes + 1, 0)
         return lanczos(metric(decode, rows), first, of, iterations)[:2]
 
-    def estimate(decode: Decode, u: Tensor) -> Estimate:
-        if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
-            value = exact(decode, u).to(u.dtype)
-            return Estimate(value, torch.zeros_like(value))
-        parts = u.split(max(1, PASS_ELEMENTS // (dimensions * (probes + 1))))
-        found = [quadrature(decode, part) for part in parts]
-        value, error = (torch.cat(column).to(u.dtype) for column in zip(*found, strict=True))
-        return Estimate(value, error)
-
-    return for_each_context(estimate, chart.decode, u, each)
+    if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
+        return for_each_context(exact, len(u), chart.decode, u, each)
+    most = max(1, PASS_ELEMENTS // (dimensions * (probes + 1)))
+    return for_each_context(quadrature, most, chart.decode, u, each)
 
 
 def _shares(singular: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ operators and chains run as plain torch in it. The model's own backward pass com
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,11 +62,12 @@ def log_volume(
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
 
-    def exact(decode: Decode, u: Tensor) -> Tensor:
+    def exact(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
         hint = "; method='hutchinson' estimates the log-determinant in less memory"
         found = jacobians(decode, u, dimensions, max_bytes, hint)
         diagonals = [torch.linalg.qr(j).R.diagonal(dim1=1, dim2=2) for j in found]
-        return torch.cat(diagonals).abs().log().sum(1)
+        value = torch.cat(diagonals).abs().log().sum(1)
+        return value, torch.zeros_like(value)
 
     def stochastic(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
         n = len(u)
@@ -78,7 +79,7 @@ def log_volume(
             return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
 
         value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
-        value, error = value.to(u.dtype), error.to(u.dtype)
+        value = value.to(u.dtype)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 solved = push_forward(decode, rows, solution)
@@ -87,38 +88,34 @@ def log_volume(
             value = value + (surrogate - surrogate.detach())
         return value, error
 
-    def estimate(decode: Decode, u: Tensor) -> Estimate:
-        if method == "exact":
-            value = exact(decode, u).to(u.dtype)
-            return Estimate(value, torch.zeros_like(value))
-        parts = u.split(max(1, PASS_ELEMENTS // (dimensions * probes)))
-        return _joined(stochastic(decode, part) for part in parts)
-
-    return for_each_context(estimate, decode, u, context)
+    if method == "exact":
+        return for_each_context(exact, n, decode, u, context)
+    most = max(1, PASS_ELEMENTS // (dimensions * probes))
+    return for_each_context(stochastic, most, decode, u, context)
 
 
 def for_each_context(
-    estimate: Callable[[Decode, Tensor], Estimate],
+    estimate: Callable[[Decode, Tensor], tuple[Tensor, Tensor]],
+    most: int,
     decode: Decode,
     u: Tensor,
     context: Tensor | None,
 ) -> Estimate:
-    """Return `estimate(decode, u)`.
+    """Return the values and errors `estimate(decode, u)`, for at most `most` samples at a time.
 
     With a context (N, *), one sample at a time: an estimate decodes each sample many times.
     """
 
-    def of_row(row: Tensor, own: Tensor) -> Estimate:
+    def of_row(row: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         return estimate(lambda u: decode(u, context=own.expand(len(u), *own.shape[1:])), row)
 
     with without_autocast(u):  # autocast's rounding would spoil the result
         if context is None:
-            return estimate(decode, u)
-        return _joined(map(of_row, u.split(1), context.split(1)))
-
-
-def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
-    return Estimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            parts = [estimate(decode, part) for part in u.split(most)]
+        else:
+            parts = list(map(of_row, u.split(1), context.split(1)))
+    value, error = (torch.cat(column).to(u.dtype) for column in zip(*parts, strict=True))
+    return Estimate(value, error)
 
 
 def jacobians(
