@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import bin_centres, to_image
@@ -15,6 +14,7 @@ from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_images, in_rows
 from mflow_kernels.models import HierarchicalFlow
+from mflow_kernels.models.images import pillow_images
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
 MOST_ROWS = 20  # largest number of rows of samples by class
@@ -59,9 +59,7 @@ def write_images(folder: Path, rows: Mapping[str, Tensor], argument: str) -> Non
     def fill(temporary: Path) -> None:
         for name, images in rows.items():
             prefix = f"{name}-" if name else ""
-            for number, pixels in enumerate(images.movedim(1, -1).numpy()):
-                grey = pixels.shape[2] == 1
-                image = Image.fromarray(pixels[..., 0] if grey else pixels)
+            for number, image in enumerate(pillow_images(images)):
                 image.save(temporary / f"{prefix}{number:04}.png")
 
     make_result(folder, fill, argument)

@@ -296,7 +296,7 @@ def _describe(value: Any, path: str) -> Any:
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    if isinstance(value, Tensor) or (isinstance(value, tuple) and _has_tensor(value)):
+    if any(isinstance(v, Tensor) for v in (value if isinstance(value, tuple) else (value,))):
         raise _refusal(f"{path}: expected a weight that is no map")
     if isinstance(value, (list, tuple, nn.ModuleList)):
         return [_describe(each, f"{path}[{i}]") for i, each in enumerate(value)]
@@ -315,10 +315,6 @@ def _describe(value: Any, path: str) -> Any:
             raise _refusal(f"{path}.{error}".lstrip(".")) from None
         description[argument] = _describe(found, f"{path}.{argument}".lstrip("."))
     return description
-
-
-def _has_tensor(values: tuple[Any, ...]) -> bool:
-    return any(isinstance(value, Tensor) for value in values)
 
 
 def _check_untied(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from torchvision.models import resnet18
+from torchvision.models import inception_v3, resnet18
 
 from mflow_kernels.evaluation import features
 from mflow_kernels.evaluation.features import (
@@ -57,7 +57,7 @@ class TestNetwork:
         assert torch.equal(network(grey), network(grey.expand(-1, 3, -1, -1)))
 
     def test_inception_pools_as_fid_does(self):
-        network = _build("inception", 3).eval()
+        network = _build("inception").eval()
         block, last = network.Mixed_5b, network.Mixed_7c
         x, y = torch.randn(1, 192, 5, 5), torch.randn(1, 2048, 4, 4)
         with torch.no_grad():
@@ -80,7 +80,8 @@ def inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = _build("inception", 1008)
+        how = {"weights": None, "aux_logits": False, "init_weights": False}
+        network = inception_v3(num_classes=1008, **how)
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0  # statistics of one batch, so that features keep their scale

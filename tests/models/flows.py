@@ -51,3 +51,9 @@ def assert_gradient_is_a_difference(
     how = {"eps": 1e-5, "atol": 1e-6, "rtol": 1e-6, "fast_mode": True}
     leaves = (x.requires_grad_(), *model.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: value(x), leaves, **how)
+
+
+def jacobians(decode: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """Return J (N, D, d) by reverse mode."""
+    of_all = torch.autograd.functional.jacobian(lambda u: decode(u).flatten(1).sum(0), u)
+    return of_all.transpose(0, 1)

@@ -42,6 +42,12 @@ def jet(**changes: object) -> Callable[[], Jet]:
     return lambda: Jet(**{**arguments, "heads": 2, **changes})
 
 
+def classified(*names: str) -> ManifoldFlow:
+    model = ManifoldFlow(VectorFlow(3, 1, 4, context_channels=2), 2)
+    model.class_names = names
+    return model
+
+
 def masked(**arguments: object) -> Callable[[], ManifoldFlow]:
     return lambda: ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
 
@@ -93,6 +99,16 @@ FLOWS: Rows = [
     )),
     *((lambda s=s: Glow((1, 4, 4), 1, 1, 2)(normal(*s)), ValueError, r"x: .*\(N, 1, 4, 4\), got \(")
       for s in ((2, 1, 4, 6), (2, 3, 4, 4), (1, 4, 4), (2, 16))),
+    *((call, ValueError, f"context: expected {words}") for call, words in (
+        (lambda: classified().sample(1, context="circle"), "no name without class_names, got 'cir"),
+        (lambda: classified().distribution("circle"), "no name without class_names, got 'circle'"),
+        (lambda: classified("circle", "square").sample(1, context="cube"),
+         "one of circle, square, got 'cube'"),
+        (lambda: classified("circle", "square").sample(2, context=["circle", "cube"]),
+         "one of circle, square, got 'cube'"),
+        (lambda: classified("circle", "square").sample(3, context=["circle", "square"]),
+         "one class for each of 3 samples, got"),
+    )),
     (lambda: VectorFlow(3, 1, 4)(normal(2, 16)), ValueError, r"x: .*\(N, 3\), got \(2, 16\)"),
     (lambda: VectorFlow(1, 1, 4), ValueError, "dim: expected at least 2, got 1"),
     (lambda: VectorFlow(3, 0, 4), ValueError, "steps: expected at least 1, got 0"),

@@ -123,6 +123,7 @@ def test_each_sample_has_its_own_context_and_one_serves_all(model, x):
         "sample_and_log_prob": lambda c: model.sample_and_log_prob(
             4, context=c, generator=seeded()
         )[1],
+        "distribution": lambda c: model.distribution(c).log_prob(x),
         "dimension": lambda c: local_dimension(model, x, 0.5, context=c).value,
     }
     if isinstance(model, Chart):
@@ -297,25 +298,6 @@ class TestDistribution:
         step = FlowStep(3, width=4, spatial_dims=0)
         with pytest.raises(ValueError, match=r"input_shape: .* give it to the constructor"):
             ReversibleChain([step]).distribution()
-
-
-def test_names_of_classes(model, x):
-    for expected, call in (
-        ("no name without class_names, got 'circle'", lambda: model.sample(1, context="circle")),
-        ("no name without class_names, got 'circle'", lambda: model.distribution("circle")),
-    ):
-        with pytest.raises(ValueError, match=f"context: expected {expected}"):
-            call()
-    model.class_names = ["circle", "square"]
-    for context in ("cube", ["circle", "cube", "circle", "circle"]):
-        with pytest.raises(ValueError, match="context: expected one of circle, square, got 'cube'"):
-            model.log_prob(x, context=context)
-    with pytest.raises(ValueError, match="context: expected "):
-        model.log_prob(x, context=["circle", "square"])  # for four samples
-    p = model.distribution(["circle", "square", "square", "circle"])
-    assert p.batch_shape == (4,)
-    assert torch.equal(p.log_prob(x), model.log_prob(x, context=torch.tensor([0, 1, 1, 0])))
-    assert torch.equal(model.distribution("square").log_prob(x), model.log_prob(x, context=1))
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ from cases import normal, perturbed
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.models.volume import log_volume
 from mflow_kernels.testing import assert_close, tolerance
-from models.flows import Scale, assert_gradient_is_a_difference
+from models.flows import Scale, assert_gradient_is_a_difference, jacobians
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -33,14 +33,6 @@ def of_plain_torch() -> ManifoldFlow:
 def linear(matrix):
     """Return the function u -> matrix u, (N, D)."""
     return lambda u: u @ matrix.T
-
-
-def jacobians(decode, u):
-    """Return J (N, D, d) by reverse mode."""
-    rows = [
-        torch.autograd.functional.jacobian(lambda v: decode(v[None])[0].flatten(), one) for one in u
-    ]
-    return torch.stack(rows)
 
 
 def expected_log_prob(model, x):
