@@ -97,9 +97,6 @@ def with_short_options(options: dict[str, Any]) -> dict[str, Any]:
     return rest | {"stages": [dataclasses.replace(stage, **given) for stage in rest["stages"]]}
 
 
-_HELP: dict[type, str] = {}  # the docstrings of the groups of options, with their placeholders
-
-
 def add_options(parser: ArgumentParser) -> None:
     """Add every option of TrainConfig to `parser`, in groups, and the short ones for all further
     flows. A short option that is not given is absent from the parsed values."""
@@ -111,32 +108,23 @@ def add_options(parser: ArgumentParser) -> None:
         MemoryOptions,
         TrainingOptions,
     ):
-        # Added by hand, because jsonargparse expects booleans as "--reversible false", takes a
+        title = inspect.cleandoc(with_docstring(options).__doc__).partition("Args:")[0]
+        group = parser.add_argument_group(" ".join(title.split()).rstrip("."))
+        texts, types = argument_texts(options), get_type_hints(options)
+        # Not by add_class_arguments: jsonargparse expects booleans as "--reversible false", takes a
         # folder named "null" for no folder, and explains a bad list of stages in many lines.
-        by_hand = {
-            option.name: option
-            for option in dataclasses.fields(options)
-            if isinstance(_default(option), bool | list)
-            or option.name in ("classes", "init_from", "reversible")
-        }
-        # The class keeps the filled text, which has no place for a data set that is added later.
-        help_text = _HELP.setdefault(options, with_docstring(options).__doc__ or "")
-        options.__doc__ = help_text.replace("{named_datasets}", _named_datasets())
-        parser.add_class_arguments(options, as_group=True, skip={*by_hand})
-        group = (parser.groups or {})[options.__name__]
-        texts = argument_texts(options)
-        types = get_type_hints(options)
-        for name, option in by_hand.items():
-            how: dict[str, Any]
+        for option in dataclasses.fields(options):
+            name, how = option.name, dict[str, Any](type=types[option.name])
             if types[name] in (bool, bool | None):
                 how = {"action": ActionYesNo(no_prefix="no-")}
             elif name == "classes":
                 how = {"nargs": "?", "const": LABELS, "type": str, "metavar": "ATTRIBUTES"}
             elif name == "init_from":
                 how = {"type": str, "metavar": "RUN"}
-            else:
+            elif name == "stages":
                 how = {"type": read_stages, "metavar": "LIST"}
-            group.add_argument(f"--{name}", default=_default(option), help=texts[name], **how)
+            text = texts[name].replace("{named_datasets}", _named_datasets())
+            group.add_argument(f"--{name}", default=_default(option), help=text, **how)
         if options is not HierarchyOptions:
             continue
         texts, types = argument_texts(with_docstring(StageOptions)), get_type_hints(StageOptions)

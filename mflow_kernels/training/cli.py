@@ -26,8 +26,12 @@ _REQUIRED = (
     *("PIL", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "rich"),
     *("safetensors", "tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
-# Arguments of `mflow train` that are not options of the run.
-_OF_TRAIN = {"run_dir", "overwrite", "resume", "preset", "find_learning_rate"}
+_COMMANDS: dict[str, Callable[..., Work]] = {
+    command.__name__: command
+    for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export)
+}
+# What stands for the value of an argument in the help, where that is not its name.
+_METAVARS = {"preset": "NAME", "gpu_memory": "SIZE", "class_name": "NAME"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,26 +142,19 @@ def _check(argv: list[str]) -> Work:
             # The recorded options become the defaults, so only options that are given can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
-        options.pop("preset")
+        own = _own_parameters(_COMMANDS[chosen.subcommand])
+        arguments = {name: options.pop(name) for name in own}
         options = with_short_options(options)
         given = parser.parse_args(argv, defaults=False)[chosen.subcommand]
         if chosen.subcommand == "plan" and given.get("data") is not None:
             from mflow_kernels.data.cache import check_exists
 
             check_exists(options["data"])  # a preset may name data that this machine does not have
-        return train(options) if chosen.subcommand == "train" else plan(options)
-    commands: dict[str, Callable[..., Work]] = {
-        "prepare": prepare,
-        "sample": sample,
-        "reconstruct": reconstruct,
-        "evaluate": evaluate,
-        "presets": presets,
-        "export": export,
-    }
+        return _COMMANDS[chosen.subcommand](options, **arguments)
     options = vars(chosen[chosen.subcommand])
     if chosen.subcommand == "sample":
         options["class_name"] = options.pop("class")
-    return commands[chosen.subcommand](**options)
+    return _COMMANDS[chosen.subcommand](**options)
 
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
@@ -165,8 +162,6 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     from mflow_kernels.runs.arguments import add_options
     from mflow_kernels.runs.parser import OptionParser, with_docstring
 
-    for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export):
-        with_docstring(command)
     parser = OptionParser(
         prog="mflow",
         description="Manifold learning and density estimation with normalizing flows on images.",
@@ -175,92 +170,49 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     commands = parser.add_subcommands(
         metavar="COMMAND", title="commands", description="See mflow COMMAND --help."
     )
-    commands.add_subcommand(
-        "prepare", _function_parser(prepare, out="FILE"), help=_text(prepare, lines=1)
-    )
-    trainer = OptionParser(description=_text(train))
-    trainer.add_argument(
-        "--run-dir", help="Folder to write; by default a folder in runs/, named after the options."
-    )
-    trainer.add_argument(
-        "--overwrite", action="store_true", help="Replace the run folder if it exists."
-    )
-    trainer.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue the run in the run folder from its last checkpoint.",
-    )
-    trainer.add_argument(
-        "--find-learning-rate",
-        action="store_true",
-        help="Do not train. Test increasing learning rates over 100 steps of each stage, and print "
-        "a suggested rate for each.",
-    )
-    preset = {
-        "metavar": "NAME",
-        "help": "Name of a preset (mflow presets lists them) or a YAML file with options; options "
-        "on the command line override it.",
-    }
-    trainer.add_argument("--preset", **preset)
-    add_options(trainer)
-    commands.add_subcommand("train", trainer, help=_text(train, lines=1))
-    for command in (sample, reconstruct, evaluate):
-        subparser = _function_parser(command)
-        commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
-    lister = OptionParser(description=_text(presets))
-    lister.add_argument("name", nargs="?", help="Preset to print; by default all names are listed.")
-    commands.add_subcommand("presets", lister, help=_text(presets))
-    planner = OptionParser(description=_text(plan))
-    planner.add_argument(
-        "--gpu-memory",
-        metavar="SIZE",
-        help="Also find the largest batch that fits a GPU of this size, e.g. 80GB.",
-    )
-    planner.add_argument(
-        "--channels",
-        type=int,
-        help="Colour channels of the images; by default 3, or those of the named data set.",
-    )
-    planner.add_argument(
-        "--images",
-        type=int,
-        help="Number of training images; by default that of the data, for which every file in a "
-        "folder or zip counts as an image.",
-    )
-    planner.add_argument("--preset", **preset)
-    add_options(planner)
-    planner.set_defaults(data=None)
-    commands.add_subcommand("plan", planner, help=_text(plan, lines=1))
-    commands.add_subcommand(
-        "export", _function_parser(export, out="FOLDER"), help=_text(export, lines=1)
-    )
-    return parser, trainer, planner
+    parsers = {}
+    for name, command in _COMMANDS.items():
+        parsers[name] = _parser_of(with_docstring(command))
+        if command in (train, plan):
+            add_options(parsers[name])
+        commands.add_subcommand(name, parsers[name], help=_text(command, lines=1))
+    parsers["plan"].set_defaults(data=None)
+    return parser, parsers["train"], parsers["plan"]
 
 
-def _function_parser(command: Callable[..., Work], out: str | None = None) -> "OptionParser":
-    """Return the parser of a command whose options are the parameters of its function.
+def _own_parameters(command: Callable[..., Work]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a command's function that are not the options of a run."""
+    found = inspect.signature(command).parameters
+    return {name: parameter for name, parameter in found.items() if name != "options"}
 
-    Args:
-        command: the function.
-        out: what stands for the value of a required --out in the help.
-    """
+
+def _parser_of(command: Callable[..., Work]) -> "OptionParser":
+    """Return the parser of a command, whose arguments are the parameters of its function."""
     from mflow_kernels.runs.arguments import argument_texts
     from mflow_kernels.runs.parser import OptionParser
 
     parser = OptionParser(description=_text(command))
     texts = argument_texts(command)
-    by_hand: set[str | int] = set()
-    for name, parameter in inspect.signature(command).parameters.items():
-        if parameter.annotation is bool:  # jsonargparse would expect "--ambient true"
-            parser.add_argument(f"--{name}", action="store_true", help=texts[name])
-        elif name == "class_name":  # `class` is a Python keyword
-            parser.add_argument("--class", metavar="NAME", help=texts[name])
-        elif name == "out" and out is not None:  # jsonargparse would make it positional
-            parser.add_argument("--out", required=True, metavar=out, help=texts[name])
-        else:
+    for name, parameter in _own_parameters(command).items():
+        kind, default = parameter.annotation, parameter.default
+        how: dict[str, Any] = {"help": texts[name]}
+        if kind is bool:  # jsonargparse would expect "--ambient true"
+            parser.add_argument(f"--{name}", action="store_true", **how)
             continue
-        by_hand.add(name)
-    parser.add_function_arguments(command, as_group=False, as_positional=True, skip=by_hand)
+        how["type"] = str if kind == str | None else kind  # a name may be "null"
+        if name == "name":
+            parser.add_argument(name, nargs="?", **how)
+        elif default is parameter.empty and name != "out":
+            parser.add_argument(name, **how)
+        else:
+            if default is parameter.empty:
+                how |= {"required": True, "metavar": "FILE" if command is prepare else "FOLDER"}
+            else:
+                how["default"] = default
+            if name in _METAVARS:
+                how["metavar"] = _METAVARS[name]
+            option = "class" if name == "class_name" else name  # `class` is a Python keyword
+            parser.add_argument(f"--{option}", **how)
     return parser
 
 
@@ -308,10 +260,9 @@ def _as_typed(message: str, argv: list[str]) -> str:
         return message  # these two are positional
     if start == "image_shape":
         return ("--patch" if " patch" in rest else "--levels") + colon + rest
-    options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
-    options |= {"out", "workers", "gpu_memory", "channels", "images"}
-    options |= {"files", "draws", "features", "feature_weights", "feature_images", "missing", "ood"}
-    options |= {option.name for option in fields(TrainConfig)}
+    options = {"class"} | {option.name for option in fields(TrainConfig)}
+    options |= {name for each in _COMMANDS.values() for name in _own_parameters(each)}
+    options -= {"run", "name"}  # these are positional
     options |= {f"stage_{name}" for name in SHORT_STAGE_OPTIONS}
     names = start.split(", ")
     if not options.issuperset(names):

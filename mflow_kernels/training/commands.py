@@ -22,19 +22,33 @@ if TYPE_CHECKING:
 Work = Callable[[], None]
 
 
-def train(options: dict[str, Any]) -> Work:
+def train(
+    options: dict[str, Any],
+    run_dir: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    find_learning_rate: bool = False,
+    preset: str | None = None,
+) -> Work:
     """Train a manifold flow on images.
 
     Without options, trains on handwritten digits in a few minutes on a CPU. Writes a run folder
     with the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures and an evaluation.
+
+    Args:
+        run_dir: Folder to write; by default a folder in runs/, named after the options.
+        overwrite: Replace the run folder if it exists.
+        resume: Continue the run in the run folder from its last checkpoint.
+        find_learning_rate: Do not train. Test increasing learning rates over 100 steps of each
+            stage, and print a suggested rate for each.
+        preset: Name of a preset (mflow presets lists them) or a YAML file with options; options on
+            the command line override it.
     """
     from mflow_kernels.runs.config import TrainConfig
 
-    overwrite, resume = options.pop("overwrite"), options.pop("resume")
-    run_dir, find_rate = options.pop("run_dir"), options.pop("find_learning_rate")
     config = TrainConfig(**options)
     folder = Path(run_dir or config.default_run_dir())
-    if find_rate:
+    if find_learning_rate:
         return _find_learning_rate(config, resume=resume)
 
     from mflow_kernels.training.checks import check_run, describe_resume
@@ -146,12 +160,26 @@ def prepare(
     return work
 
 
-def plan(options: dict[str, Any]) -> Work:
+def plan(
+    options: dict[str, Any],
+    gpu_memory: str | None = None,
+    channels: int | None = None,
+    images: int | None = None,
+    preset: str | None = None,
+) -> Work:
     """Predict the memory, steps, disk and hours that training needs.
 
     Takes the options of mflow train, allocates nothing and reads no image. Give a file of mflow
     prepare or the name of a data set as --data. For a folder or zip, give --image-size and
     --channels too, and without data also --images.
+
+    Args:
+        gpu_memory: Also find the largest batch that fits a GPU of this size, e.g. 80GB.
+        channels: Colour channels of the images; by default 3, or those of the named data set.
+        images: Number of training images; by default that of the data, for which every file in a
+            folder or zip counts as an image.
+        preset: Name of a preset (mflow presets lists them) or a YAML file with options; options on
+            the command line override it.
     """
     import dataclasses
 
@@ -168,11 +196,9 @@ def plan(options: dict[str, Any]) -> Work:
         parse_memory,
     )
 
-    channels, text = options.pop("channels"), options.pop("gpu_memory")
-    images = options.pop("images")
     if images is not None:
         check_at_least("images", images, 1)
-    gpu_memory = None if text is None else parse_memory(text)
+    room = None if gpu_memory is None else parse_memory(gpu_memory)
     if options["data"] and is_prepared(path := Path(options["data"])):
         form = open_prepared(path).record.format
         options["image_size"] = options["image_size"] or form.size
@@ -182,9 +208,9 @@ def plan(options: dict[str, Any]) -> Work:
     if images is None:
         images = count_training_images(data)
     there = config.device == "auto" and torch.cuda.is_available()
-    gpu = gpu_memory is not None or config.device == "cuda" or there
+    gpu = room is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    memory, stored = gpu_memory, None
+    memory, stored = room, None
     if memory is None and there:
         memory = torch.cuda.get_device_properties(0).total_memory
     if memory is not None:
@@ -196,10 +222,9 @@ def plan(options: dict[str, Any]) -> Work:
         parts.append(describe_training(on_gpu, walk(on_gpu), images))
     else:
         parts.append(describe_training(resolved, steps, images))
-    if gpu_memory is not None:
-        parts.append(
-            describe_fit(resolved, steps, gpu_memory, stored if resolved.reversible else None)
-        )
+    if room is not None:
+        other = stored if resolved.reversible else None
+        parts.append(describe_fit(resolved, steps, room, other))
     return lambda: print("\n\n".join(parts))
 
 
@@ -207,7 +232,7 @@ def presets(name: str | None = None) -> Work:
     """Print a preset of mflow train, or the names of all presets.
 
     Args:
-        name: Preset to print, as a YAML file that --preset accepts.
+        name: Preset to print; by default all names are listed.
     """
     from mflow_kernels.runs.presets import PRESETS, preset_text
 

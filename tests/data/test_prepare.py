@@ -20,7 +20,6 @@ from mflow_kernels.data.journal import lock_journal, write_at
 from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError, find_images
-from mflow_kernels.data.splits import load_splits
 from mflow_kernels.training.cli import main
 
 COUNT = 20
@@ -253,14 +252,6 @@ class TestCommand:
         assert main(["train", *TINY, "--data", "tiny.safetensors", "--image-size", "16"]) == 2
         message = "--data: expected images of 16x16 pixels, got 8x8 in tiny.safetensors"
         assert message in capsys.readouterr().err
-
-    def test_the_same_training_from_the_folder_and_the_file(self, celeba, tmp_path):
-        prepare_images(find_images(celeba), tmp_path / "a", 8)
-        pixels = []
-        for data in (celeba, tmp_path / "a"):
-            splits = load_splits(str(data), 8)
-            pixels.append(bytes(splits.train.batch(range(len(splits.train))).numpy()))
-        assert pixels[0] == pixels[1]
 
     def test_a_link_stays_and_leads_to_the_new_file(self, tmp_path):
         write_images(tmp_path / "images", 2)

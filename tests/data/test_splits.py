@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import write_images
 
 from mflow_kernels.data.batches import BatchStream, Position, flip_at_random
 from mflow_kernels.data.dequantization import dequantize, to_image
@@ -14,14 +15,6 @@ from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.memory import resolve_config
-
-
-def write_image(path, size=(20, 16), mode="RGB", seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    width, height = size
-    shape = (height, width, 3) if mode == "RGB" else (height, width)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 class TestDigits:
@@ -74,14 +67,6 @@ class TestNamed:
 
 
 class TestFolder:
-    def test_recursive_any_format_larger_and_smaller(self, tmp_path):
-        write_image(tmp_path / "a.png", (40, 30))
-        write_image(tmp_path / "deep" / "er" / "b.jpg", (5, 7))
-        write_image(tmp_path / "deep" / "c.bmp", (16, 16))
-        splits = load_splits(str(tmp_path), 16)
-        assert splits.train.image_shape == (3, 16, 16)
-        assert (len(splits.train), len(splits.test), splits.skipped) == (2, 1, ())
-
     def test_the_crop_is_central_and_resizing_antialiased(self, tmp_path):
         wide = np.full((32, 64), 255, np.uint8)
         wide[:, 16:48:2] = 0  # only the central square has black and white columns
@@ -94,9 +79,9 @@ class TestFolder:
         assert columns.max() < 130  # and no white from outside
 
     def test_grey_only_has_one_channel_mixed_has_three(self, tmp_path):
-        write_image(tmp_path / "a.png", mode="L")
+        write_images(tmp_path, 1)
         assert load_evaluation_set(str(tmp_path), 8)[0].image_shape == (1, 8, 8)
-        write_image(tmp_path / "b.png", mode="RGB")
+        write_images(tmp_path / "more", 1, channels=3)
         images = load_evaluation_set(str(tmp_path), 8).images
         grey = images.batch([0])[0]
         assert images.image_shape == (3, 8, 8)
@@ -104,35 +89,9 @@ class TestFolder:
         assert torch.equal(grey[0], grey[2])
 
     def test_one_image_cannot_be_split(self, tmp_path):
-        write_image(tmp_path / "a.png")
+        write_images(tmp_path, 1)
         with pytest.raises(ValueError, match="at least 2 images"):
             load_splits(str(tmp_path), 8)
-
-
-class TestCelebA:
-    @staticmethod
-    def tree(tmp_path, partition="1.jpg 0\n2.jpg 0\n3.jpg 1\n4.jpg 2\n"):
-        for number in range(1, 5):
-            write_image(tmp_path / "img_align_celeba" / f"{number}.jpg", (178, 218), seed=number)
-        (tmp_path / "list_eval_partition.txt").write_text(partition)
-        return tmp_path
-
-    def test_the_official_partition(self, tmp_path):
-        splits = load_splits(str(self.tree(tmp_path)), 32)
-        assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [2, 1, 1]
-        assert len(load_evaluation_set(str(tmp_path), 32).images) == 1  # the test part
-
-    def test_the_crop_is_148(self, tmp_path):
-        self.tree(tmp_path)
-        pixels = np.zeros((218, 178, 3), np.uint8)
-        pixels[35:183, 15:163] = 255
-        Image.fromarray(pixels).save(tmp_path / "img_align_celeba" / "4.jpg", quality=100)
-        white = load_splits(str(tmp_path), 148).test.batch([0])
-        assert (white >= 250).all()
-
-    def test_missing_files_are_counted(self, tmp_path):
-        splits = load_splits(str(self.tree(tmp_path, "1.jpg 0\n9.jpg 0\n3.jpg 1\n4.jpg 2\n")), 32)
-        assert list(splits.skipped) == ["9.jpg"]
 
 
 class TestBatchStream:
@@ -193,8 +152,7 @@ def test_half_of_the_images_are_mirrored():
 class TestCache:
     # The tests share one cache, so each of their folders has its own name.
     def test_decodes_once(self, tmp_path, cache, monkeypatch):
-        write_image(tmp_path / "once" / "a.png")
-        write_image(tmp_path / "once" / "b.png", seed=1)
+        write_images(tmp_path / "once", 2)
         first = load_splits(str(tmp_path / "once"), 8)
         assert len(list(cache.glob("once-8px-*"))) == 1
         with monkeypatch.context() as patch:
@@ -203,15 +161,13 @@ class TestCache:
         assert torch.equal(first.train.batch([0]), again.train.batch([0]))
 
     def test_changed_folders_are_decoded_again(self, tmp_path, cache):
-        for seed, name in enumerate("abc"):
-            write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
-            if seed:
-                images = load_evaluation_set(str(tmp_path / "faces2"), 8).images
-                assert len(images) == seed + 1
+        for count in (2, 3):
+            write_images(tmp_path / "faces2", count)
+            assert len(load_evaluation_set(str(tmp_path / "faces2"), 8).images) == count
         assert len(list(cache.glob("faces2-8px-*"))) == 1  # it replaced the previous file
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
-        write_image(tmp_path / "faces" / "a.png")
+        write_images(tmp_path / "faces", 1)
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "file" / "below"))
         with pytest.raises(ValueError, match="set MFLOW_CACHE to another folder"):

@@ -5,8 +5,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -228,20 +226,3 @@ class TestTwoProcesses:
             path.write_text("")
         remove_temporary(tmp_path)
         assert listing(tmp_path) == [running.name]
-
-
-def test_help_is_there_without_docstrings():
-    """Python removes them under PYTHONOPTIMIZE=2."""
-    texts = []
-    for level in ("0", "2"):
-        code = "from mflow_kernels.training.cli import main; main(['train', '--help'])"
-        found = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONOPTIMIZE": level},
-            capture_output=True,
-            check=True,
-            text=True,
-        )
-        texts.append(found.stdout)
-    assert "Mirror each image left to right" in texts[1]
-    assert texts[0] == texts[1]

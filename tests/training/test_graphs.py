@@ -84,22 +84,6 @@ def test_a_stage_frees_the_memory_of_the_stage_before(fake_capture):
     assert all(p.grad is None for p in first.parameters())  # the gradients were in that memory
 
 
-def test_gradients_are_not_copied_out_of_the_graph(fake_capture, monkeypatch):
-    captures = []
-
-    def capture(*passes):
-        captures.append(fake_capture(*passes))
-        return captures[0]
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    model = small_flow()
-    loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
-    loss.backward()
-    parameters = list(model.parameters())
-    where = [gradient.data_ptr() for gradient in captures[0].gradients[: len(parameters)]]
-    assert [p.grad.data_ptr() for p in parameters] == where
-
-
 def test_networks_that_draw_random_numbers_train_without_graphs(monkeypatch, capsys):
     """A replay could not draw the same numbers again, so the capture refuses these networks."""
     capturing = []

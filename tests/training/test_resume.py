@@ -93,7 +93,6 @@ class TestChanges:
         [
             ("--width 16", "--width: cannot change on resume (the run has 8, got 16); --learning-"),
             ("--stage-steps 2", "--stage-steps: cannot change on resume (the run has 1, got 2)"),
-            ("--stages [{}]", "--stages[0].dim: cannot change on resume (the run has 4, got None)"),
             ("--stages [{},{}]", "--stages: cannot change on resume (the run has 1, got 2)"),
         ],
     )
