@@ -123,6 +123,7 @@ def permuted():
 
 MODELS = {
     "permuted": permuted,
+    "wide rotations": lambda: blocks((66,), 2, permute_soft=True),
     "readme": lambda: blocks((2,), 3, permute_soft=True),
     "all in one, exp": lambda: blocks((2,), 6, global_affine_type="EXP", affine_clamping=1.0),
     "all in one, sigmoid": lambda: blocks((2,), 4, global_affine_type="SIGMOID"),
