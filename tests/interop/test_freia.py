@@ -114,7 +114,16 @@ def up_and_down():
     return sequence((8, 4, 4), block, resizings[0], block, resizings[1], block)
 
 
+def permuted():
+    """Actnorms and permutations of more channels than one matrix has."""
+    orders = [(Fm.PermuteRandom, {"seed": seed}) for seed in range(3)]
+    actnorm = Fm.ActNorm, {}
+    return sequence((40,), *orders[:2], actnorm, orders[2], actnorm, (Fm.GLOWCouplingBlock, SUB))
+
+
 MODELS = {
+    "permuted": permuted,
+    "wide rotations": lambda: blocks((66,), 2, permute_soft=True),
     "readme": lambda: blocks((2,), 3, permute_soft=True),
     "all in one, exp": lambda: blocks((2,), 6, global_affine_type="EXP", affine_clamping=1.0),
     "all in one, sigmoid": lambda: blocks((2,), 4, global_affine_type="SIGMOID"),
