@@ -91,13 +91,10 @@ def test_autocast_casts_weights_again_in_the_backward_pass() -> None:
 @compiles
 def test_networks_may_be_compiled() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
-    stored = perturbed(ReversibleChain([FlowStep(4, net)], reversible=False))
+    chain = perturbed(ReversibleChain([FlowStep(4, net)]))
     x = torch.randn(2, 4, 3, 3)
-    want = gradients(stored, x, call=stored)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    chain = ReversibleChain([FlowStep(4, compiled)])
-    chain.layers[0].actnorm.load_state_dict(stored.layers[0].actnorm.state_dict())
-    chain.layers[0].conv.load_state_dict(stored.layers[0].conv.state_dict())
+    want = gradients(chain, x, call=chain)
+    chain.layers[0].coupling.net = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert_all_close(gradients(chain, x, call=chain), want, terms=2 * 18)
 
 
