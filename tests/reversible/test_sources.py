@@ -245,13 +245,8 @@ def test_an_optimizer_in_the_backward_pass() -> None:
         torch.manual_seed(0)
         flow = perturbed(Glow((1, 8, 8), 2, 2, 4, reversible=reversible)).double()
         for p in flow.parameters():
-
-            def update(p: Tensor) -> None:
-                with torch.no_grad():
-                    p -= 1e-3 * p.grad
-                p.grad = None
-
-            p.register_post_accumulate_grad_hook(update)
+            one = torch.optim.SGD([p], 1e-3)
+            p.register_post_accumulate_grad_hook(lambda _, one=one: one.step())
         x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         loss_of(*flow(x)).backward()
         results.append([p.detach() for p in flow.parameters()])
