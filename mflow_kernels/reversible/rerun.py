@@ -104,13 +104,13 @@ class RerunCall:
 
         In training, a norm uses the statistics of its batch and not the running ones.
         """
-        return [
-            b
-            for m in self._modules
-            if m not in self._norms
-            for b in _buffers_of(m).values()
-            if b is not None and not b.is_inference()
-        ]
+        return [b for *_, b in self._named_buffers()]
+
+    def _named_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for m in self._modules:
+            for name, b in () if m in self._norms else _buffers_of(m).items():
+                if b is not None and not b.is_inference():
+                    yield m, name, b
 
     def first_run(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         """Call the module as the forward pass does, without gradients.
@@ -217,9 +217,7 @@ class RerunCall:
         with self.as_in_forward():
             if self._fingerprints is None:
                 return self.function(given, *context)
-            versions = [(m, _buffers_of(m)) for m in self._modules if m not in self._norms]
-            before = [(m, k, b, b._version) for m, bs in versions for k, b in bs.items()
-                      if b is not None and not b.is_inference()]  # fmt: skip
+            before = [(m, name, b, b._version) for m, name, b in self._named_buffers()]
             saved = [module_input.detach().clone()]
             with self._recorded(saved):
                 result = self.function(given, *context)
@@ -280,9 +278,8 @@ class RerunCall:
         if isinstance(self.module, torch.jit.ScriptModule):  # its runs save other tensors
             yield
             return
-        own = [*_parameters_of(self.module).values(), *_buffers_of(self.module).values()]
-        own += [t for m in self._modules for t in _buffers_of(m).values()]
-        known = {id(t) for t in own} | {id(p) for _, _, p, _ in self._parameters}
+        known = {id(b) for m in self._modules for b in _buffers_of(m).values()}
+        known |= {id(p) for _, _, p, _ in self._parameters}
 
         def pack(tensor: Tensor) -> Tensor:
             detached = tensor.detach()  # `tensor` itself would form a reference cycle
