@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import perturbed
 from layers.bijections import LeakyReLU
 from layers.chains import InSequence, assert_all_close, both_gradients, gradients, loss_of
@@ -167,30 +166,21 @@ class ChangesItsInput(Net):
         return self.layers(x)
 
 
-class StartsInPlace(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(F.relu(x, inplace=True))
-
-
-class Scripted(nn.Module):
-    def __new__(cls) -> nn.Module:  # type: ignore[misc]
-        return torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4)))
-
-
-class Noisy(Net):
-    """Random slopes, dropout, and statistics of instances and of batches that are tracked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
-            nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
-            nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4),
-        )  # fmt: skip
+RERUN: dict[str, Callable[[], nn.Module]] = {
+    "changes its input": ChangesItsInput,
+    "starts in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 4)),
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4))),
+    # Random slopes, dropout, and statistics of instances and of batches that are tracked.
+    "noisy": lambda: nn.Sequential(
+        nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
+        nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
+        nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("every", [1, 8, None])
-@pytest.mark.parametrize("net", [ChangesItsInput, StartsInPlace, Scripted, Noisy])
+@pytest.mark.parametrize("net", RERUN.values(), ids=RERUN)
 def test_networks_that_are_rerun_as_they_are(net: Callable[[], nn.Module], every: int) -> None:
     # Not a deep copy: the copied parameters of a scripted module are no leaves.
     stored, rebuilt = (chain_of(net, reversible=r, checkpoint_every=every) for r in (False, True))
