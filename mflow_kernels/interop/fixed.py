@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mflow_kernels.interop.linear import Linear, Reorder, Row, index_of, read_parts, select_channels
+from mflow_kernels.interop.linear import Linear, Reorder, Row, index_of, read_parts
 from mflow_kernels.ops.conv1x1 import add_to_first_half, conv1x1_ref
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last
@@ -26,6 +26,7 @@ from mflow_kernels.reversible.instructions import (
     Pair,
     Rearrange,
 )
+from mflow_kernels.reversible.rearrangements import select_channels
 
 if TYPE_CHECKING:
     from mflow_kernels.reversible.backward import BackwardPass

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import transformed
-from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.instructions import FoldedWeights
 from mflow_kernels.reversible.linear_maps import LinearMap
@@ -285,16 +284,6 @@ def lu_linears(modules: Sequence[Any]) -> Affine:
     )
     lower = lower + torch.eye(c, dtype=bias.dtype, device=bias.device)
     return Affine(lower @ (upper + torch.diag_embed(diagonal)), bias, diagonal.log().sum(1))
-
-
-def select_channels(x: Tensor, order: Tensor) -> Tensor:
-    """Return x[:, order] in the layout of x, and its gradient in that layout too.
-
-    `index_select` along the channels would return contiguous tensors.
-    """
-    if transformed() or not is_channels_last(x):
-        return x.index_select(1, order)
-    return x.movedim(1, -1).index_select(-1, order).movedim(-1, 1)
 
 
 def index_of(part: Linear | Reorder, channels: int, device: torch.device) -> Tensor:

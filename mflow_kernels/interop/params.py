@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import constant, select_channels
+from mflow_kernels.interop.linear import constant
 from mflow_kernels.layers.networks import fused_params, has_hooks
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.rearrangements import select_channels
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

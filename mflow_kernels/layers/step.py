@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mflow_kernels.layers.actnorm import ActNorm, warn_if_not_initialized
 from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
-from mflow_kernels.layers.coupling import AffineCoupling, Coupling
+from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.ops.checks import check_choice, check_count
@@ -53,7 +53,7 @@ class FlowStep(Instructed):
             "spatial_dims": spatial_dims,
             "context_channels": context_channels,
         }
-        self.coupling: Coupling = (
+        self.coupling: AffineCoupling | SplineCoupling = (
             AffineCoupling(channels, net, scale=scale, **how)
             if coupling == "affine"
             else SplineCoupling(channels, net, bins=bins, **how)

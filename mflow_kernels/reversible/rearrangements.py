@@ -103,17 +103,22 @@ class Reorder(Rearrange):
         if actual != expected:
             what = "pixels" if self.by_pixel else "channels"
             raise ValueError(f"x: expected {expected} {what}, got {tuple(x.shape)}")
-        # In the layout of x, so that the gradient has it too: `index_select` along the channels of
-        # a channels_last state would return a contiguous tensor.
+        if not self.by_pixel:
+            return select_channels(x, self.index)
         last = is_channels_last(x) and not transformed()
-        rows = x.movedim(1, -1) if last else x
-        if self.by_pixel:
-            axis = 1 if last else 2
-            flat = rows.flatten(1, -2) if last else rows.flatten(2)
-            rows = flat.index_select(axis, self.index).view(rows.shape)
-        else:
-            rows = rows.index_select(-1 if last else 1, self.index)
-        return rows.movedim(-1, 1) if last else rows
+        rows, axis = (x.movedim(1, -1).flatten(1, -2), 1) if last else (x.flatten(2), 2)
+        rows = rows.index_select(axis, self.index)
+        return rows.movedim(-1, 1).view_as(x) if last else rows.view_as(x)
+
+
+def select_channels(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, index] in the layout of x, and its gradient in that layout too.
+
+    `index_select` along the channels would return contiguous tensors.
+    """
+    if transformed() or not is_channels_last(x):
+        return x.index_select(1, index)
+    return x.movedim(1, -1).index_select(-1, index).movedim(-1, 1)
 
 
 class PairPixels(Directed, Rearrange):

@@ -12,23 +12,17 @@ from mflow_kernels import FlowStep, Glow, ReversibleChain
 from mflow_kernels.testing import assert_close
 
 
-class DropoutAndNorm(nn.Module):
+def dropout_and_norm() -> nn.Module:
     """A coupling network with random numbers and running statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Dropout(0.5), nn.Conv2d(8, 4, 1),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Dropout(0.5), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
 
 
 def test_a_mode_switched_before_the_backward_pass() -> None:
     """Networks run again in the mode of the forward pass, and keep their new mode afterwards."""
-    chain = perturbed(chain_of(DropoutAndNorm)).double()
+    chain = perturbed(chain_of(dropout_and_norm)).double()
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     results = []
     for call in (chain.train, chain.eval):
@@ -91,13 +85,10 @@ def test_autocast_casts_weights_again_in_the_backward_pass() -> None:
 @compiles
 def test_networks_may_be_compiled() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
-    stored = perturbed(ReversibleChain([FlowStep(4, net)], reversible=False))
+    chain = perturbed(ReversibleChain([FlowStep(4, net)]))
     x = torch.randn(2, 4, 3, 3)
-    want = gradients(stored, x, call=stored)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    chain = ReversibleChain([FlowStep(4, compiled)])
-    chain.layers[0].actnorm.load_state_dict(stored.layers[0].actnorm.state_dict())
-    chain.layers[0].conv.load_state_dict(stored.layers[0].conv.state_dict())
+    want = gradients(chain, x, call=chain)
+    chain.layers[0].coupling.net = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert_all_close(gradients(chain, x, call=chain), want, terms=2 * 18)
 
 

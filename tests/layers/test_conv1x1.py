@@ -52,13 +52,6 @@ def ill_conditioned(channels):
     return layer
 
 
-def test_factors_are_those_of_a_weight_with_gradients():
-    layer, weight = InvertibleConv1x1(3), normal(3, 3).requires_grad_()
-    layer.factor_(weight)
-    assert_close(layer.weight().detach(), weight.detach(), terms=3, scale=3.0)
-    assert all(parameter.is_leaf and parameter.requires_grad for parameter in layer.parameters())
-
-
 @pytest.mark.parametrize("channels", [1, 2, 12, 48])
 def test_condition_number(channels):
     layer = ill_conditioned(channels)

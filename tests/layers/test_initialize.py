@@ -33,9 +33,6 @@ def test_initialize_reaches_the_layers_of_a_bijection():
     assert all(layer.initialized for layer in actnorms(own))
     torch.testing.assert_close(own.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close((z, logdet), by_hand(x), rtol=0, atol=0)
-    state = copy.deepcopy(own.state_dict())
-    own.initialize(10 * x)  # once only
-    torch.testing.assert_close(own.state_dict(), state, rtol=0, atol=0)
     assert not any(m._forward_pre_hooks for m in own.modules())
 
 

@@ -150,15 +150,3 @@ def test_averages_and_copies_keep_the_layout_of_weights() -> None:
         weights = [p for p in model.parameters() if p.dim() == 4]
         assert weights
         assert all(map(is_channels_last, weights))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_select_channels_keeps_the_layout(layout: str) -> None:
-    """`index_select` would return contiguous tensors."""
-    x = normal(2, 5, 3, 4, layout=layout).requires_grad_()
-    order = torch.tensor([3, 0, 4, 1, 2])
-    y = select_channels(x, order)
-    (dx,) = torch.autograd.grad(y, x, y.detach())
-    assert torch.equal(y, x[:, order])
-    assert torch.equal(dx, x)
-    assert y.stride() == dx.stride() == x.stride()

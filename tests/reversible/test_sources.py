@@ -9,10 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import perturbed
 from layers.bijections import LeakyReLU
-from layers.chains import assert_all_close, both_gradients, gradients, loss_of
+from layers.chains import InSequence, assert_all_close, both_gradients, gradients, loss_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -143,7 +142,7 @@ class Normed(Net):
 @pytest.mark.parametrize("change", ["statistics", "buffer", "sign of W", "statistics of a layer"])
 def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(change: str) -> None:
     if change == "statistics of a layer":
-        chain = ReversibleChain([AffineLayer()]).double()
+        chain = ReversibleChain([InSequence(AffineCoupling(4, Normed()))]).double()
     else:
         chain = chain_of(Normed)
     chain.eval()
@@ -160,19 +159,6 @@ def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(change: str)
         loss.backward()
 
 
-class AffineLayer(AffineCoupling):
-    """A layer of a user with a batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__(4, Normed())
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x, *context)
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return super().inverse(z, *context)
-
-
 class ChangesItsInput(Net):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -180,30 +166,21 @@ class ChangesItsInput(Net):
         return self.layers(x)
 
 
-class StartsInPlace(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(F.relu(x, inplace=True))
-
-
-class Scripted(nn.Module):
-    def __new__(cls) -> nn.Module:  # type: ignore[misc]
-        return torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4)))
-
-
-class Noisy(Net):
-    """Random slopes, dropout, and statistics of instances and of batches that are tracked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
-            nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
-            nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4),
-        )  # fmt: skip
+RERUN: dict[str, Callable[[], nn.Module]] = {
+    "changes its input": ChangesItsInput,
+    "starts in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 4)),
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4))),
+    # Random slopes, dropout, and statistics of instances and of batches that are tracked.
+    "noisy": lambda: nn.Sequential(
+        nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
+        nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
+        nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("every", [1, 8, None])
-@pytest.mark.parametrize("net", [ChangesItsInput, StartsInPlace, Scripted, Noisy])
+@pytest.mark.parametrize("net", RERUN.values(), ids=RERUN)
 def test_networks_that_are_rerun_as_they_are(net: Callable[[], nn.Module], every: int) -> None:
     # Not a deep copy: the copied parameters of a scripted module are no leaves.
     stored, rebuilt = (chain_of(net, reversible=r, checkpoint_every=every) for r in (False, True))
@@ -258,13 +235,8 @@ def test_an_optimizer_in_the_backward_pass() -> None:
         torch.manual_seed(0)
         flow = perturbed(Glow((1, 8, 8), 2, 2, 4, reversible=reversible)).double()
         for p in flow.parameters():
-
-            def update(p: Tensor) -> None:
-                with torch.no_grad():
-                    p -= 1e-3 * p.grad
-                p.grad = None
-
-            p.register_post_accumulate_grad_hook(update)
+            one = torch.optim.SGD([p], 1e-3)
+            p.register_post_accumulate_grad_hook(lambda _, one=one: one.step())
         x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         loss_of(*flow(x)).backward()
         results.append([p.detach() for p in flow.parameters()])
