@@ -92,7 +92,7 @@ def _hopper_dh1_kernel(
     BLOCK_R: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `_dh1_kernel` with sums over rows of taps and without d W2, which must be None.
+    """As `_dh1_kernel` with sums over rows of taps. For d W2, WIDTH must be 2 * BLOCK_K.
 
     BLOCK_D and BLOCK_K divide WIDTH, and BLOCK_J + BLOCK_R columns hold all sums of a pixel. Tiles
     consist of whole rows of the image. BLOCK_X has room for one more column: d b1 is the column of
@@ -109,7 +109,8 @@ def _hopper_dh1_kernel(
     TURNS: gl.constexpr = WIDTH // K
     gl.static_assert(TURNS >= STAGES)  # h1 arrives with the first turns of a tile
     ACC: gl.constexpr = product_layout(P, D, WARPS)
-    OF_X: gl.constexpr = product_layout(D, X, WARPS)
+    OF_X: gl.constexpr = product_layout(X, D, WARPS)
+    OF_K: gl.constexpr = product_layout(K, D, WARPS)
     OF_J: gl.constexpr = product_layout(P, J, WARPS)
     OF_R: gl.constexpr = product_layout(P, R, WARPS)
     WIDE: gl.constexpr = copy_layout(D, WARPS)
@@ -134,12 +135,17 @@ def _hopper_dh1_kernel(
     X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([P, X], T)
     x_held = gl.allocate_shared_memory(T, [P, X], X_LAYOUT)
     if dw1 is not None:
-        dw1_t = gl.zeros([D, X], gl.float32, OF_X)
+        dw1_t = gl.zeros([X, D], gl.float32, OF_X)
+    if dw2 is not None:
+        gl.static_assert(TURNS == 2)
+        dw2_t = (gl.zeros([K, D], gl.float32, OF_K),) * 2
     turns = 0
     for tile in range(split, TILES, splits):
         p = tile * P + gl.arange(0, P, gl.SliceLayout(1, WIDE))
         at_h1 = h1 + p.to(gl.int64)[:, None] * WIDTH + d[None, :]
         async_copy.async_load(h1_held, at_h1, mask=(p < PIXELS)[:, None])
+        if dw2 is not None:
+            async_copy.commit_group()
         if dw1 is not None:
             p = tile * P + gl.arange(0, P, gl.SliceLayout(1, LOAD))
             i = gl.arange(0, X, gl.SliceLayout(0, LOAD))
@@ -147,9 +153,13 @@ def _hopper_dh1_kernel(
             x_t = gl.where((i == 9 * C_IN)[None, :], 1.0, x_t).to(T)
         acc = gl.zeros([P, D], gl.float32, ACC)
         for turn in gl.static_range(TURNS):
-            async_copy.wait_group(STAGES - 2)
+            async_copy.wait_group(0 if dw2 is not None and turn == 0 else STAGES - 2)
             fence_async_shared()
             acc = warpgroup_mma(ring.index((turns + turn) % STAGES), w2_held.index(turn), acc)
+            if dw2 is not None:
+                dh2_t = ring.index((turns + turn) % STAGES).permute((1, 0))
+                now = warpgroup_mma(dh2_t, h1_held, dw2_t[turn])
+                dw2_t = (now, dw2_t[1]) if turn == 0 else (dw2_t[0], now)
             ahead = turns + turn + STAGES - 1
             _copy_dh2(ring, ahead, dh2, split, splits, PIXELS, WIDTH, P, K, STAGES, WARPS)
             async_copy.commit_group()
@@ -161,7 +171,7 @@ def _hopper_dh1_kernel(
             x_held.store(x_t)
         fence_async_shared()
         if dw1 is not None:
-            dw1_t = warpgroup_mma(h1_held.permute((1, 0)), x_held, dw1_t)
+            dw1_t = warpgroup_mma(x_held.permute((1, 0)), h1_held, dw1_t)
         p = tile * P + gl.arange(0, P, gl.SliceLayout(1, OF_J))
         row = p.to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
         sums = _rows_of_dx(h1_held, w1_j, p, W, P, J, OF_J)
@@ -171,14 +181,21 @@ def _hopper_dh1_kernel(
         sums = _rows_of_dx(h1_held, w1_r, p, W, P, R, OF_R)
         store_rows(dx_taps, sums, row, J, 3 * C_IN, P, R, PIXELS, p, WARPS)
     async_copy.wait_group(0)
+    row = split.to(gl.int64) * NUMBERS
     if dw1 is not None:
-        row = split.to(gl.int64) * NUMBERS
-        d = gl.program_id(1) * D + gl.arange(0, D, gl.SliceLayout(1, OF_X))
-        i = gl.arange(0, X, gl.SliceLayout(0, OF_X))
-        at_dw1 = dw1 + row + d[:, None] * (9 * C_IN) + i[None, :]
-        gl.store(at_dw1, dw1_t, mask=(i < 9 * C_IN)[None, :])
-        at_db1 = db1 + row + d[:, None] + 0 * i[None, :]
-        gl.store(at_db1, dw1_t, mask=(i == 9 * C_IN)[None, :])
+        OUT: gl.constexpr = gl.BlockedLayout([2, 1], [32, 1], [1, WARPS], [0, 1])
+        dw1_t = gl.convert_layout(dw1_t, OUT)
+        d = gl.program_id(1) * D + gl.arange(0, D, gl.SliceLayout(0, OUT))
+        i = gl.arange(0, X, gl.SliceLayout(1, OUT))
+        at_dw1 = dw1 + row + d[None, :] * (9 * C_IN) + i[:, None]
+        gl.store(at_dw1, dw1_t, mask=(i < 9 * C_IN)[:, None])
+        at_db1 = db1 + row + d[None, :] + 0 * i[:, None]
+        gl.store(at_db1, dw1_t, mask=(i == 9 * C_IN)[:, None])
+    if dw2 is not None:
+        for turn in gl.static_range(TURNS):
+            k = turn * K + gl.arange(0, K, gl.SliceLayout(1, OF_K))
+            d = gl.program_id(1) * D + gl.arange(0, D, gl.SliceLayout(0, OF_K))
+            gl.store(dw2 + row + k[:, None] * WIDTH + d[None, :], dw2_t[turn])
 
 
 @gluon.jit

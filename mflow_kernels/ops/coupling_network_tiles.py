@@ -160,23 +160,27 @@ HOPPER_TILES = {
     ),
 }
 
-# Tiles of the kernels in Gluon, by C_out. With 128 hidden channels, which are one block, plain
-# Triton computes h1 once too; with 384, eight bytes would spill.
-GLUON_WIDTHS = (256, 512)
+# Tiles of the kernels in Gluon, likewise. With 128 hidden channels, which are one block, plain
+# Triton computes h1 once too if a level has few columns of taps; with 384, eight bytes would spill.
+GLUON_WIDTHS = (128, 256, 512)
 GLUON_TILES = {
-    12: HOPPER_TILES[12, False]._replace(
+    (12, False): HOPPER_TILES[12, False]._replace(
         forward=Tile(128, 128, 32, 32, 8, 3, 8, gluon=True),
         dh2=Tile(128, 64, 0, 32, 8, 1, 16, gluon=True),
     ),
-    24: HOPPER_TILES[24, False]._replace(
-        forward=Tile(128, 128, 32, 64, 8, 3, 8, gluon=True),
-        dh2=Tile(128, 64, 0, 64, 8, 1, 16, gluon=True),
-        dh1=Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
+    (24, False): Tiles(
+        Tile(128, 128, 32, 64, 8, 3, 8, gluon=True),
+        Tile(128, 64, 0, 64, 8, 1, 16, gluon=True),
+        Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
     ),
-    48: HOPPER_TILES[48, False]._replace(
+    (48, True): HOPPER_TILES[48, True]._replace(
         forward=Tile(128, 64, 64, 128, 8, 3, 16, gluon=True),
-        dh2=Tile(64, 64, 0, 128, 8, 1, 16, gluon=True),
-        dh1=Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
+        dh1=Tile(128, 32, 64, 64, 8, 2, 16, gluon=True),
+    ),
+    (48, False): Tiles(
+        Tile(128, 64, 64, 128, 8, 3, 16, gluon=True),
+        Tile(64, 64, 0, 128, 8, 1, 16, gluon=True),
+        Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
     ),
 }
 
@@ -186,10 +190,11 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
-    found = GLUON_TILES.get(s.c_out) if GLUON and s.width in GLUON_WIDTHS else None
+    key = s.c_out, s.width <= DW2_WIDTH
+    found = GLUON_TILES.get(key) if GLUON and s.width in GLUON_WIDTHS else None
     if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
         return found
-    return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
+    return HOPPER_TILES.get(key)
 
 
 def geforce(arch: int) -> bool:

@@ -19,7 +19,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from mflow_kernels import Glow
-from mflow_kernels.interop.linear import select_channels
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import is_channels_last
