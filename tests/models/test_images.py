@@ -86,6 +86,7 @@ MODELS = {
     "chain": lambda: ReversibleChain([Squeeze(), FlowStep(12, width=4)], input_shape=(3, 8, 8)),
     "manifold of a chain": lambda: ManifoldFlow(MODELS["chain"](), 5),
     "hierarchy": model,
+    "grey hierarchy": lambda: model(1),
 }
 
 
@@ -95,10 +96,11 @@ def test_every_model_of_images(name):
     flow.n_bits = 5
     x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
     bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), 3 * 8 * 8, 5))
+    assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), x[0].numel(), 5))
     assert not bits.requires_grad
     back = flow.postprocess(flow.preprocess(images))
-    assert [(image.mode, image.size) for image in back] == [("RGB", (8, 8))] * 2
+    mode = "RGB" if len(x[0]) == 3 else "L"
+    assert [(image.mode, image.size) for image in back] == [(mode, (8, 8))] * 2
     assert torch.equal(flow.preprocess(back), flow.preprocess(images))
 
 

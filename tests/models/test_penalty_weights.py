@@ -159,7 +159,7 @@ def test_draws_off_the_manifold_follow_p_v(rho, weight):
 def test_a_bound_multiplies_the_weight_by_the_ratio_of_error_and_bound():
     flow = image_flow(ManifoldObjective("data", "l1", weight=ErrorBound(0.5, 3.0))).train()
     weight, mean = 3.0, 0.0
-    for batch, scale in enumerate((*[1.0] * 9, 0.3, 0.3, 10.0, 1e-3, 1e-3), start=1):
+    for batch, scale in enumerate((1e-3, 1e-3, *[1.0] * 9, 0.3, 10.0, 1e-3), start=1):
         x = scale * normal(*X, dtype=torch.float64)
         error = (x - flow.project(x)).detach()
         mean += (error.square().mean().item() - mean) / min(batch, 10)
