@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mflow_kernels import ops
+from mflow_kernels.ops.checks import check_channels
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Layer
-from mflow_kernels.reversible.masks import with_mask
+from mflow_kernels.reversible.masks import with_mask, zero_padding
 from mflow_kernels.reversible.program import Program
 
 
@@ -83,23 +84,34 @@ class Bijection(nn.Module):
 
 
 class Instructed(Bijection):
-    """A layer that runs its `instructions` when it is called, too. They split off no latents."""
+    """A layer that runs its `instructions` when it is called, too."""
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return Program(self.instructions()).latent_shapes(shape)[-1]
 
     def checked(self, name: str, value: object) -> Tensor:
         """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
-        return flow_state(name, value)
+        x = flow_state(name, value)
+        if self.channels is not None:
+            check_channels(name, x, self.channels)
+        return x
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(Program(self.instructions()), self.checked("x", x), context)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        z, latents, logdet = self._run(self.checked("x", x), (), context)
+        return ((z, *latents) if latents else z), logdet
 
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(Program(self.instructions()).inverted(), self.checked("z", z), context)
+    def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x, _, logdet = self._run(self.checked("z", z), (), context, inverse=True)
+        return x, logdet
 
-    def _run(self, program: Program, x: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, x: Tensor, latents: Sequence[Tensor], context: Sequence[Any], *, inverse: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The state, the latents that were split off, and the log-determinant (N,)."""
         if self.masked:
             x, context = with_mask(x, context)
-        x, _, ledger, log_det = apply_stored(program, x, (), context)
-        return x, ops.accumulate_logdet(ledger, log_det)
+            latents = [zero_padding(latent, context[0]) for latent in latents]
+        program = Program(self.instructions())
+        program = program.inverted() if inverse else program
+        x, latents, ledger, log_det = apply_stored(program, x, latents, context)
+        return x, latents, ops.accumulate_logdet(ledger, log_det)

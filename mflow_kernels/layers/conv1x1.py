@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.folding import ActNormConv, plu
-from mflow_kernels.ops.checks import check_channels, check_count, check_device
-from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.ops.checks import check_count, check_device
 from mflow_kernels.reversible.steps import Step, Steps
 
 
@@ -132,8 +131,7 @@ class InvertibleConv1x1(Instructed):
         return [Steps([Step(ActNormConv(None, self), None)], masked=self.masked)]
 
     def checked(self, name: str, value: object) -> Tensor:
-        x = flow_state(name, value)
-        check_channels(name, x, self.channels)
+        x = super().checked(name, value)
         check_device(name, x, self.log_diagonal)
         return x
 

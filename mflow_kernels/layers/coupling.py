@@ -1,9 +1,8 @@
 """Affine coupling, and the split that factors out half of the channels with one."""
 
-import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.bijection import Bijection, Instructed
+from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import (
     check_channels,
@@ -14,7 +13,6 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.couples import AdditiveCouple, AffineCouple, Couple
 from mflow_kernels.reversible.instructions import Instruction, SplitOff
@@ -108,7 +106,7 @@ class AffineCoupling(Coupling):
         return AffineCouple(self.net, self.scale)
 
 
-class Split(Bijection):
+class Split(Instructed):
     """Factor out channels as a latent; by default half of them, after an affine coupling.
 
     `z = (kept, latent)`. The coupling is Glow's learned prior N(mean(x_a), sd(x_a)) of the half
@@ -155,21 +153,12 @@ class Split(Bijection):
         before = [] if self.coupling is None else self.coupling.instructions()
         return [*before, SplitOff(self.kept)]
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def checked(self, name: str, value: object) -> Tensor:
         if self.coupling is None:
-            check_channels("x", check_state("x", x), self.channels)
-            y, logdet = x, x.new_zeros(len(x), dtype=accumulator(x.dtype))
-        else:
-            y, logdet = self.coupling(x, *context)
-        return (y[:, : self.kept], y[:, self.kept :]), logdet
+            return super().checked(name, value)
+        return self.coupling.checked(name, value)
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
-        y = self._joined(z)
-        if self.coupling is None:
-            return y, y.new_zeros(len(y), dtype=accumulator(y.dtype))
-        return self.coupling.inverse(y, *context)
-
-    def _joined(self, z: object) -> Tensor:
         if not isinstance(z, tuple) or len(z) != 2:
             actual = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
             raise TypeError(f"z: expected a tuple (kept, latent), got {actual}")
@@ -179,7 +168,8 @@ class Split(Bijection):
         else:
             check_takes(self.coupling.net, "z[0]", kept, self.kept)
         check_latent("z[1]", z[1], kept, self.channels - self.kept, tuple(kept.shape[2:]))
-        return torch.cat(z, dim=1)
+        x, _, logdet = self._run(kept, z[1:], context, inverse=True)
+        return x, logdet
 
 
 def check_latent(

@@ -180,10 +180,10 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether these modules have hooks, which a fused operator or sequence would not call."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-    return False
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 # The spatial axes that torch's layers expect.

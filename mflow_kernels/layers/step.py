@@ -70,7 +70,7 @@ class FlowStep(Instructed):
     def checked(self, name: str, value: object) -> Tensor:
         return self.coupling.checked(name, value)
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         warn_if_not_initialized(self)
         return super().forward(x, *context)
 

@@ -49,16 +49,13 @@ class SpaceToDepth(Directed, Rearrange):
         by_torch = F.pixel_shuffle if self.inverted else F.pixel_unshuffle
         if transformed() or not is_channels_last(x):
             return by_torch(x, 2)
-        if _computes_on_cpu(x) and not torch.compiler.is_compiling():
+        on_cpu = x.device.type == "cpu" and not on_gpu(x.device)
+        if on_cpu and not torch.compiler.is_compiling():
             # torch's CPU kernel keeps channels_last and takes less time than the copy below.
             z = by_torch(x, 2)
             if is_channels_last(z):
                 return z
         return _SqueezeChannelsLast.apply(x, self.inverted)
-
-
-def _computes_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not on_gpu(x.device)
 
 
 class _SqueezeChannelsLast(torch.autograd.Function):
