@@ -58,7 +58,7 @@ def whole(tmp_path_factory, source):
 
 @pytest.mark.parametrize("workers", [2, None])
 def test_threads_do_not_change_the_file(workers, source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "_BLOCK_IMAGES", 3)
+    monkeypatch.setattr(preparing, "_BLOCK", 3)
     prepare_images(source, tmp_path / "a", 16, workers)
     assert (tmp_path / "a").read_bytes() == whole
     assert listing(tmp_path) == ["a"]
@@ -71,7 +71,7 @@ class TestFile:
         assert prepared.record.names == names
         by_name = {entry.name: entry for entry in source.entries}
         for row, name in zip(prepared.images, names, strict=True):
-            alone = decode([by_name[name]], Format(16, 3, 148)).pixels[0]
+            alone = decode(by_name[name], Format(16, 3, 148))[0]
             assert np.array_equal(row, alone)
         assert isinstance(prepared.images, np.memmap)
         assert not prepared.images.flags.writeable
@@ -162,7 +162,7 @@ class TestInterrupted:
     def test_written_images_are_not_decoded_again(self, source, tmp_path, monkeypatch):
         self.stop(source, tmp_path / "a")  # in the line of the tenth image; the fifth is torn
         decoded = []
-        spy(monkeypatch, preparing, "decode", lambda entries, _: decoded.extend(entries))
+        spy(monkeypatch, preparing, "decode", lambda entry, _: decoded.append(entry))
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert decoded == [source.entries[4], *source.entries[10:]]
 

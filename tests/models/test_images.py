@@ -44,7 +44,8 @@ def test_preprocessing_equals_that_of_training(channels, crop, tmp_path):
     photo(0).save(tmp_path / "a.png")
     photo(1, mode="L").save(tmp_path / "b.png")
     photo(2).save(tmp_path / "c.jpg", exif=rotated)
-    stored = decode(find_images(tmp_path).entries, Format(8, channels, crop)).pixels
+    entries, form = find_images(tmp_path).entries, Format(8, channels, crop)
+    stored = np.stack([decode(entry, form)[0] for entry in entries])
     flow = model(channels, crop=crop)
     opened = [Image.open(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
     generator = torch.Generator().manual_seed(3)
@@ -70,7 +71,7 @@ def test_files_are_decoded_as_in_training(mode, form, tmp_path):
         image = (grey if mode == "L" else photo(1)).convert(mode)
     path = tmp_path / f"a.{form}"
     image.save(path, exif=rotated)
-    stored = decode(find_images(tmp_path).entries, Format(8, 3)).pixels
+    stored = decode(find_images(tmp_path).entries[0], Format(8, 3))[0][None]
     levels = torch.from_numpy(stored // 8).float()
     with Image.open(path) as opened:
         assert torch.equal(model().preprocess(opened), (levels + 0.5) / 32 - 0.5)
