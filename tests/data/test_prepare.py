@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import TINY, listing, refused, spy, write_images, zip_up
+from tiny_runs import TINY, listing, refused, spy, write_images
 
 from benchmarks.celeba.fake_celeba import make_celeba
 from mflow_kernels.data import journal
@@ -265,38 +265,3 @@ class TestCommand:
         assert open_prepared(tmp_path / "disk" / "made").record.size == 4
         assert listing(tmp_path / "disk") == ["made"]
         assert not list(tmp_path.glob(".*"))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ("nowhere --out a", ": data: expected a folder or zip of images, found none at"),
-            ("images --out images/a", "--out: expected a file outside of the images' folder"),
-            ("images --out no/where", "--out: expected a folder that can be written, got no"),
-            ("images --out made", "--out: made exists and was not made from these images at 64x64"),
-            ("images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
-            ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
-            (
-                "images --out made --overwrite",
-                "--out: expected a file of mflow prepare to overwrite",
-            ),
-            ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
-            (
-                "images --out circle",
-                "--out: expected a path that can exist, got circle (symbolic links",
-            ),
-            ("images", "--out: expected a value, got none"),
-            (
-                "text --out a",
-                ": data: expected images in text, but no file there can be read as an image",
-            ),
-        ],
-    )
-    def test_bad_input_writes_nothing(self, arguments, message, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        write_images(tmp_path / "images", 2)
-        zip_up(tmp_path / "images", tmp_path / "images.zip")
-        (tmp_path / "circle").symlink_to("circle")
-        (tmp_path / "made").write_text("by somebody else")
-        (tmp_path / "text").mkdir()
-        (tmp_path / "text" / "a.png").write_text("no image")
-        assert message in refused(["prepare", *arguments.split()], tmp_path, capsys)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import TINY, refused, write_images
+from tiny_runs import TINY, refused, write_images, zip_up
 
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.ops.penalty_functions import RHOS
@@ -63,6 +63,17 @@ TRAIN = [
 ]  # fmt: skip
 
 COMMANDS = [
+    ("prepare nowhere --out a", ": data: expected a folder or zip of images, found none at"),
+    ("prepare images", "--out: expected a value, got none"),
+    ("prepare images --out images/a", "--out: expected a file outside of the images' folder"),
+    ("prepare zip --out zip --overwrite", "--out: expected a file outside of the images' folder"),
+    ("prepare images --out no/where", "--out: expected a folder that can be written, got no"),
+    ("prepare images --out made", "--out: made exists and was not made from these images at 64x64"),
+    ("prepare images --out made --overwrite", "--out: expected a file of mflow prepare to overwri"),
+    ("prepare images --out circle", "--out: expected a path that can exist, got circle (symbolic"),
+    ("prepare images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
+    ("prepare images --out a --workers 0", "--workers: expected at least 1, got 0"),
+    ("prepare text --out a", ": data: expected images in text, but no file there can be read as "),
     ("", "expected a command (mflow --help lists them)"),
     ("draw", "expected a command (mflow --help lists them), got 'draw'"),
     ("presets none", ": preset: expected digits, "),
@@ -104,6 +115,9 @@ def data(images, tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "work").mkdir()
     (folder / "work" / "thesis.tex").write_text("years of work")
+    (folder / "circle").symlink_to("circle")
+    (folder / "made").write_text("by somebody else")
+    zip_up(images, folder / "zip")
     (folder / "text").mkdir()
     (folder / "text" / "a.png").write_text("no image")
     write_images(folder / "coloured", channels=3)
