@@ -88,7 +88,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `mflow` command of a page has options that exist, with values of the right type."""
     monkeypatch.chdir(ROOT)
     for command in COMMAND.findall(page.read_text()):
-        parser, _, _ = _parsers()
+        parser, _ = _parsers()
         parser.parse_args(shlex.split(command, comments=True)[1:])
 
 

@@ -39,42 +39,31 @@ class Format(NamedTuple):
         return self.channels, self.size, self.size
 
 
-class Decoded(NamedTuple):
-    """The images of some entries."""
-
-    pixels: np.ndarray  # uint8 (N, C, H, W)
-    digests: list[str]  # digest of each image, see `digest`
-    skipped: dict[int, str]  # the reason why an entry could not be read, by its position
-    enlarged: list[bool]  # whether each image was smaller than the result
+class UnreadableError(Exception):
+    """A file cannot be read as an image. The message says why."""
 
 
-def decode(entries: Sequence[Entry], form: Format) -> Decoded:
-    """Read, crop and resize images.
+def decode(entry: Entry, form: Format) -> tuple[np.ndarray, bool]:
+    """Read, crop and resize an image.
+
+    Returns:
+        The pixels, uint8 (C, H, W), and whether the image was smaller than these.
 
     Raises:
-        DataError: an image is smaller than the crop, or a zip can no longer be opened.
-        OSError: ENOMEM if an image does not fit in memory.
+        UnreadableError: the file is no image of a known format, or is damaged.
+        DataError: the image is smaller than the crop, or a zip can no longer be opened.
+        OSError: ENOMEM if the image does not fit in memory.
     """
-    pixels = np.empty((len(entries), *form.shape), np.uint8)
-    skipped: dict[int, str] = {}
-    enlarged = []
-    for position, entry in enumerate(entries):
-        image = _read(entry)
-        if isinstance(image, str):
-            skipped[position] = image[:_REASON_LENGTH]
-            continue
-        if form.crop is not None and min(image.size) < form.crop:
-            raise DataError(
-                f"data: expected images of at least {form.crop}x{form.crop} pixels, got "
-                f"{image.width}x{image.height} in {entry.name}"
-            )
-        enlarged.append(min(form.crop or form.size, *image.size) < form.size)
-        mode = "L" if form.channels == 1 else "RGB"
-        square = np.asarray(crop_and_resize(image.convert(mode), form.size, form.crop))
-        row = pixels[position - len(skipped)]
-        row[:] = square if form.channels == 1 else square.transpose(2, 0, 1)
-    pixels = pixels[: len(entries) - len(skipped)]
-    return Decoded(pixels, [digest(row) for row in pixels], skipped, enlarged)
+    image = _read(entry)
+    if form.crop is not None and min(image.size) < form.crop:
+        raise DataError(
+            f"data: expected images of at least {form.crop}x{form.crop} pixels, got "
+            f"{image.width}x{image.height} in {entry.name}"
+        )
+    mode = "L" if form.channels == 1 else "RGB"
+    square = np.asarray(crop_and_resize(image.convert(mode), form.size, form.crop))
+    pixels = np.atleast_3d(square).transpose(2, 0, 1)
+    return pixels, min(form.crop or form.size, *image.size) < form.size
 
 
 def digest(pixels: np.ndarray) -> str:
@@ -113,19 +102,21 @@ def _opened(entry: Entry) -> Iterator[Image.Image]:
         yield image
 
 
-def _read(entry: Entry) -> Image.Image | str:
-    """Return the decoded image of an entry (see `plain`), or the reason why it cannot be read."""
+def _read(entry: Entry) -> Image.Image:
+    """Return the decoded image of an entry (see `plain`); errors as for `decode`."""
     try:
         with _opened(entry) as image:
             return plain(image)
     except UnidentifiedImageError:
-        return f"not an image in one of the formats {', '.join(FORMATS)}"
+        known = ", ".join(FORMATS)
+        raise UnreadableError(f"not an image in one of the formats {known}") from None
     except MemoryError:
         raise OSError(errno.ENOMEM, f"too little memory to decode {entry.name}") from None
     except DataError:  # the zip itself cannot be opened
         raise
     except Exception as error:  # zipfile, decompressors and Pillow raise any type for bad bytes
-        return " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableError(reason[:_REASON_LENGTH]) from None
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -91,12 +91,20 @@ def follow_links(path: Path, argument: str) -> Path:
     return real
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder (`write_atomically`)."""
-    for path in folder.glob(".*.tmp"):
-        process = re.search(r"\.(\d+)\.tmp$", path.name)
+def remove_temporary(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that killed processes left in a folder.
+
+    Args:
+        folder: where `write_atomically` or `make_folder` wrote.
+        name: pattern of the names that they were to get.
+    """
+    for path in folder.glob(f".{name}.*"):
+        process = re.search(r"\.(\d+)\.(tmp|old)$", path.name)
         if process and not _is_another_running(int(process[1])):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def lock_folder(folder: Path, argument: str) -> FileLock:
@@ -187,7 +195,7 @@ def make_folder(
     old = temporary.with_suffix(".old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
+        remove_temporary(folder.parent, glob.escape(shortened(folder.name)))
         temporary.mkdir()
         lock = lock_folder(temporary, argument)
         fill(temporary)
@@ -212,19 +220,6 @@ def make_result(folder: Path, fill: Callable[[Path], object], argument: str) -> 
     lock = make_folder(folder, fill, argument)
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left beside a folder (`make_folder`)."""
-    for path in folder.parent.glob(f".{glob.escape(shortened(folder.name))}.*"):
-        if not re.search(r"\.\d+\.(tmp|old)$", path.name) or not path.is_dir():
-            continue
-        try:
-            lock = lock_folder(path, "")
-        except FolderError:  # its process is still running
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        lock.release()
 
 
 def _refusal(error: OSError, folder: Path, argument: str) -> Exception:

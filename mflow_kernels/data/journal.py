@@ -58,12 +58,13 @@ class Work:
     def read(self, number: int) -> bytes:
         return os.pread(self.file.fileno(), self.image_bytes, self.place(number))
 
-    def add(self, number: int, pixels: np.ndarray, digest: str, enlarged: bool) -> None:
+    def add(self, number: int, pixels: np.ndarray, enlarged: bool) -> None:
         """Write an image and its line; OSError if the disk is full."""
+        found = digest(pixels)
         write_at(self.file, pixels.tobytes(), self.place(number))
-        line = f"{digest}{'+' if enlarged else '-'}\n".encode()
+        line = f"{found}{'+' if enlarged else '-'}\n".encode()
         write_at(self.lines, line, len(self.first_line) + number * _LINE)
-        self.written[number] = digest, enlarged
+        self.written[number] = found, enlarged
 
 
 def resume_work(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mflow_kernels.data.decoding import decode
+from mflow_kernels.data.decoding import UnreadableError, decode
 from mflow_kernels.data.files import sync
 from mflow_kernels.data.journal import Work, lock_journal, open_hidden, resume_work, write_at
 from mflow_kernels.data.manifest import TEST, TRAIN
@@ -34,7 +34,7 @@ from mflow_kernels.data.sources import DataError, Source
 
 _HELD_OUT_FRACTION = 0.1
 SPLIT_SEED = 20220606  # fixed, so that runs of different seeds hold out the same images
-_BLOCK_IMAGES, _BLOCK_BYTES = 64, 2**22  # that a thread holds, at most
+_BLOCK = 64  # images that a thread decodes before it reports its progress
 
 
 def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
@@ -112,21 +112,20 @@ def _identity(source: Source, image_size: int) -> str:
 def _decode_rest(work: Work, source: Source, workers: int | None) -> None:
     total, done = len(source.entries), len(work.written)
     rest = [number for number in range(total) if number not in work.written]
-    size = max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // work.image_bytes))
 
     def finish(block: Sequence[int]) -> int:
-        decoded = decode([source.entries[number] for number in block], work.form)
-        work.skipped.update((block[i], why) for i, why in decoded.skipped.items())
-        read = (number for i, number in enumerate(block) if i not in decoded.skipped)
-        images = zip(read, decoded.pixels, decoded.digests, decoded.enlarged, strict=True)
-        for image in images:
-            work.add(*image)
+        for number in block:
+            try:
+                work.add(number, *decode(source.entries[number], work.form))
+            except UnreadableError as error:
+                work.skipped[number] = str(error)
         return len(block)
 
+    blocks = (rest[i : i + _BLOCK] for i in range(0, len(rest), _BLOCK))
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:
         with progress_bar("preparing", total, done) as progress:
-            for count in pool.map(finish, (rest[i : i + size] for i in range(0, len(rest), size))):
+            for count in pool.map(finish, blocks):
                 done += count
                 progress(done)
     finally:

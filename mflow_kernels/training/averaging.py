@@ -43,14 +43,6 @@ class WeightAverage(nn.Module):
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers between modules of the same structure."""
-    for old, new in zip(source.parameters(), target.parameters(), strict=True):
-        new.copy_(old)
-    copy_buffers(source, target)
-
-
-@torch.no_grad()
 def copy_buffers(source: nn.Module, target: nn.Module) -> None:
     """Copy buffers between modules of the same structure."""
     for old, new in zip(source.buffers(), target.buffers(), strict=True):

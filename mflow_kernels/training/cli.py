@@ -8,8 +8,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
-from io import StringIO, TextIOWrapper
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -118,47 +118,42 @@ def _check(argv: list[str]) -> Work:
         ArgumentError, ValueError, TypeError: an argument is bad.
     """
     from mflow_kernels.runs.arguments import with_short_options
+    from mflow_kernels.runs.presets import preset_options
 
-    parser, trainer, planner = _parsers()
+    parser, parsers = _parsers()
     chosen = parser.parse_args(argv)
-    preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
-    if preset:
-        from mflow_kernels.runs.presets import preset_options
+    name, options = chosen.subcommand, vars(chosen[chosen.subcommand])
+    command = _COMMANDS[name]
+    if command not in (train, plan):
+        if command is sample:
+            options["class_name"] = options.pop("class")
+        return command(**options)
+    preset = options["preset"]
+    resumes = command is train and options["resume"] and not options["overwrite"]
+    if preset and resumes:
+        raise ValueError(
+            "preset: expected none with --resume, which reads the options from the run folder, "
+            f"got {preset}"
+        )
+    if preset or resumes:
+        # These become the defaults, so options on the command line override them.
+        values = preset_options(preset) if preset else _recorded(options)
+        if command is train:
+            values.pop("channels", None)  # training takes them from the images
+        parsers[name].set_defaults(values)
+        options = vars(parser.parse_args(argv)[name])
+    arguments = {parameter: options.pop(parameter) for parameter in _own_parameters(command)}
+    options = with_short_options(options)
+    given = parser.parse_args(argv, defaults=False)[name]
+    if command is plan and given.get("data") is not None:
+        from mflow_kernels.data.cache import check_exists
 
-        # The preset's values become the defaults, so options on the command line override them.
-        values = preset_options(preset)
-        planner.set_defaults(values)
-        values.pop("channels", None)  # training takes them from the images
-        trainer.set_defaults(values)
-        chosen = parser.parse_args(argv)
-    if chosen.subcommand in ("train", "plan"):
-        options = vars(chosen[chosen.subcommand])
-        if chosen.subcommand == "train" and options["resume"] and not options["overwrite"]:
-            if preset:
-                raise ValueError(
-                    "preset: expected none with --resume, which reads the options from the run "
-                    f"folder, got {preset}"
-                )
-            # The recorded options become the defaults, so only options that are given can differ.
-            trainer.set_defaults(_recorded(options))
-            options = vars(parser.parse_args(argv).train)
-        own = _own_parameters(_COMMANDS[chosen.subcommand])
-        arguments = {name: options.pop(name) for name in own}
-        options = with_short_options(options)
-        given = parser.parse_args(argv, defaults=False)[chosen.subcommand]
-        if chosen.subcommand == "plan" and given.get("data") is not None:
-            from mflow_kernels.data.cache import check_exists
-
-            check_exists(options["data"])  # a preset may name data that this machine does not have
-        return _COMMANDS[chosen.subcommand](options, **arguments)
-    options = vars(chosen[chosen.subcommand])
-    if chosen.subcommand == "sample":
-        options["class_name"] = options.pop("class")
-    return _COMMANDS[chosen.subcommand](**options)
+        check_exists(options["data"])  # a preset may name data that this machine does not have
+    return command(options, **arguments)
 
 
-def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
-    """Return the parser of the command line, and its parsers of `mflow train` and `mflow plan`."""
+def _parsers() -> tuple["OptionParser", dict[str, "OptionParser"]]:
+    """Return the parser of the command line, and that of each command."""
     from mflow_kernels.runs.arguments import add_options
     from mflow_kernels.runs.parser import OptionParser, with_docstring
 
@@ -177,7 +172,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
             add_options(parsers[name])
         commands.add_subcommand(name, parsers[name], help=_text(command, lines=1))
     parsers["plan"].set_defaults(data=None)
-    return parser, parsers["train"], parsers["plan"]
+    return parser, parsers
 
 
 def _own_parameters(command: Callable[..., Work]) -> dict[str, inspect.Parameter]:
@@ -280,12 +275,10 @@ def _suggesting(message: str, argv: list[str]) -> str:
     from mflow_kernels.runs.parser import suggestion
 
     prefix, found, unknown = message.partition("unrecognized arguments: ")
-    if prefix or not found:
+    parsers = _parsers()[1]
+    if prefix or not found or argv[0] not in parsers:
         return message
-    shown = StringIO()
-    with suppress(SystemExit), redirect_stdout(shown):
-        _parsers()[0].parse_args([argv[0], "--help"])
-    options = re.findall(r"^ +(--[\w-]+)", shown.getvalue(), re.MULTILINE)
+    options = re.findall(r"^ +(--[\w-]+)", parsers[argv[0]].format_help(), re.MULTILINE)
     names = [word for word in unknown.split() if word.startswith("--")]
     meant = [s for name in names if (s := suggestion(name, options)) is not None]
     return f"{message} (did you mean {', '.join(meant)}?)" if meant else message

@@ -10,7 +10,6 @@ from mflow_kernels.layers import FlowStep, InvertibleConv1x1
 from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.folding import fold
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
-from mflow_kernels.training.averaging import copy_weights
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def bound_conditions(model: nn.Module, average: nn.Module, limit: float) -> None
     for module, its_average in zip(model.modules(), average.modules(), strict=True):
         if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
             # Its new factors have another permutation, so the old average cannot be kept.
-            copy_weights(module, its_average)
+            its_average.load_state_dict(module.state_dict())
 
 
 @contextmanager

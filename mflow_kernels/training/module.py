@@ -27,7 +27,7 @@ from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
-from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
+from mflow_kernels.training.averaging import WeightAverage, copy_buffers
 from mflow_kernels.training.conditions import bound_conditions, largest_conditions
 from mflow_kernels.training.coupling_networks import parameter_groups
 from mflow_kernels.training.graphs import StepGraphs, can_capture
@@ -197,14 +197,15 @@ class FlowTraining(LightningModule):
         if self._step_in_stage(stage) == 0:
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
-                copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
+                average = self.averaged.stages[earlier].state_dict()
+                self.model.stages[earlier].load_state_dict(average)
             with torch.no_grad():
                 if self.model.stages[stage].prior is None:
                     x, classes = self._dequantize(batch)
                     self.model.initialize(x, stage=stage, context=classes)
                 else:
                     self._initialize_with_prior(stage)
-            copy_weights(self.model.stages[stage], self.averaged.stages[stage])
+            self.averaged.stages[stage].load_state_dict(self.model.stages[stage].state_dict())
             self.guard.begin_stage()
 
     def _initialize_with_prior(self, stage: int) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import TINY, listing, refused, spy, write_images, zip_up
+from tiny_runs import TINY, listing, refused, spy, write_images
 
 from benchmarks.celeba.fake_celeba import make_celeba
 from mflow_kernels.data import journal
@@ -58,7 +58,7 @@ def whole(tmp_path_factory, source):
 
 @pytest.mark.parametrize("workers", [2, None])
 def test_threads_do_not_change_the_file(workers, source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "_BLOCK_IMAGES", 3)
+    monkeypatch.setattr(preparing, "_BLOCK", 3)
     prepare_images(source, tmp_path / "a", 16, workers)
     assert (tmp_path / "a").read_bytes() == whole
     assert listing(tmp_path) == ["a"]
@@ -71,7 +71,7 @@ class TestFile:
         assert prepared.record.names == names
         by_name = {entry.name: entry for entry in source.entries}
         for row, name in zip(prepared.images, names, strict=True):
-            alone = decode([by_name[name]], Format(16, 3, 148)).pixels[0]
+            alone = decode(by_name[name], Format(16, 3, 148))[0]
             assert np.array_equal(row, alone)
         assert isinstance(prepared.images, np.memmap)
         assert not prepared.images.flags.writeable
@@ -162,7 +162,7 @@ class TestInterrupted:
     def test_written_images_are_not_decoded_again(self, source, tmp_path, monkeypatch):
         self.stop(source, tmp_path / "a")  # in the line of the tenth image; the fifth is torn
         decoded = []
-        spy(monkeypatch, preparing, "decode", lambda entries, _: decoded.extend(entries))
+        spy(monkeypatch, preparing, "decode", lambda entry, _: decoded.append(entry))
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert decoded == [source.entries[4], *source.entries[10:]]
 
@@ -265,38 +265,3 @@ class TestCommand:
         assert open_prepared(tmp_path / "disk" / "made").record.size == 4
         assert listing(tmp_path / "disk") == ["made"]
         assert not list(tmp_path.glob(".*"))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ("nowhere --out a", ": data: expected a folder or zip of images, found none at"),
-            ("images --out images/a", "--out: expected a file outside of the images' folder"),
-            ("images --out no/where", "--out: expected a folder that can be written, got no"),
-            ("images --out made", "--out: made exists and was not made from these images at 64x64"),
-            ("images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
-            ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
-            (
-                "images --out made --overwrite",
-                "--out: expected a file of mflow prepare to overwrite",
-            ),
-            ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
-            (
-                "images --out circle",
-                "--out: expected a path that can exist, got circle (symbolic links",
-            ),
-            ("images", "--out: expected a value, got none"),
-            (
-                "text --out a",
-                ": data: expected images in text, but no file there can be read as an image",
-            ),
-        ],
-    )
-    def test_bad_input_writes_nothing(self, arguments, message, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        write_images(tmp_path / "images", 2)
-        zip_up(tmp_path / "images", tmp_path / "images.zip")
-        (tmp_path / "circle").symlink_to("circle")
-        (tmp_path / "made").write_text("by somebody else")
-        (tmp_path / "text").mkdir()
-        (tmp_path / "text" / "a.png").write_text("no image")
-        assert message in refused(["prepare", *arguments.split()], tmp_path, capsys)

@@ -14,7 +14,8 @@ from mflow_kernels.data.splits import load_evaluation_set, load_splits
 def pixels(data, size=16):
     source = find_images(data)
     channels = 3 if any_in_colour(source.entries) else 1
-    return decode(source.entries, Format(size, channels, source.crop)).pixels
+    form = Format(size, channels, source.crop)
+    return np.stack([decode(entry, form)[0] for entry in source.entries])
 
 
 @pytest.fixture(scope="module")
@@ -137,4 +138,4 @@ class TestZip:
         source = find_images(archive)
         archive.unlink()
         with pytest.raises(DataError, match="a folder or a complete zip"):
-            decode(source.entries, Format(8, 1))
+            decode(source.entries[0], Format(8, 1))

@@ -52,7 +52,8 @@ def test_files_are_decoded_as_in_training(channels, crop, tmp_path):
         for number, image in enumerate(images):
             if (form, image.mode) not in UNKNOWN:
                 image.save(tmp_path / f"{number}.{form}", exif=rotated)
-    stored = decode(find_images(tmp_path).entries, Format(8, channels, crop)).pixels
+    entries, pixels = find_images(tmp_path).entries, Format(8, channels, crop)
+    stored = np.stack([decode(entry, pixels)[0] for entry in entries])
     opened = [Image.open(path) for path in sorted(tmp_path.iterdir())]
     assert len(stored) == len(opened) == 17
     flow = model(channels, crop=crop)

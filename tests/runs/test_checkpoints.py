@@ -103,6 +103,7 @@ def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, run, tr
     message = capsys.readouterr().err.splitlines()[-1]
     assert message == f"mflow: error: could not write {run / LAST}: No space left on device"
     assert (run / LAST).read_bytes() == before
+    assert not full.is_symlink()
     assert main([*command, "--resume"]) == 0
     assert_same_run(run, trained)
 

@@ -30,16 +30,6 @@ def test_the_command_line_offers_what_operators_and_layers_do():
     assert spline.MAX_BINS == MAX_BINS
 
 
-def test_a_configuration_is_read_back_from_its_yaml():
-    stages = [StageOptions(dim=32), StageOptions(dim=16)]
-    config = TrainConfig(data="celeba", classes="Smiling,Male", stages=stages, max_steps=7)
-    resolved = config.resolve((3, 64, 64), 148, ("not Smiling", "yes: no", "3"))
-    read = RunConfig.from_yaml(resolved.to_yaml(), "config.yaml")
-    assert read == resolved
-    assert (read.image_shape, read.stages) == ((3, 64, 64), stages)
-    assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
-
-
 # Values of each type, some of which YAML could take for another type.
 VALUES = {
     bool: (False, True),

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -174,20 +173,6 @@ class TestFolders:
 
 
 class TestTwoProcesses:
-    def test_a_lock_dies_with_its_process(self, tmp_path):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            lock = lock_folder(tmp_path, "run_dir")
-            os.write(writer, b"1" if lock.is_locked else b"0")
-            signal.pause()
-        assert os.read(reader, 1) == b"1"
-        with pytest.raises(ValueError, match="run_dir: another process is writing to"):
-            lock_folder(tmp_path, "run_dir")
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        lock_folder(tmp_path, "run_dir").release()
-
     @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
     def test_train(self, option, run, command, capsys):
         lock = lock_folder(run, "")

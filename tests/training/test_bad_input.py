@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import TINY, refused, write_images
+from tiny_runs import TINY, refused, write_images, zip_up
 
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.ops.penalty_functions import RHOS
@@ -63,10 +63,33 @@ TRAIN = [
 ]  # fmt: skip
 
 COMMANDS = [
+    ("prepare nowhere --out a", ": data: expected a folder or zip of images, found none at"),
+    ("prepare images", "--out: expected a value, got none"),
+    ("prepare images --out images/a", "--out: expected a file outside of the images' folder"),
+    ("prepare zip --out zip --overwrite", "--out: expected a file outside of the images' folder"),
+    ("prepare images --out no/where", "--out: expected a folder that can be written, got no"),
+    ("prepare images --out made", "--out: made exists and was not made from these images at 64x64"),
+    ("prepare images --out made --overwrite", "--out: expected a file of mflow prepare to overwri"),
+    ("prepare images --out circle", "--out: expected a path that can exist, got circle (symbolic"),
+    ("prepare images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
+    ("prepare images --out a --workers 0", "--workers: expected at least 1, got 0"),
+    ("prepare text --out a", ": data: expected images in text, but no file there can be read as "),
     ("", "expected a command (mflow --help lists them)"),
     ("draw", "expected a command (mflow --help lists them), got 'draw'"),
     ("presets none", ": preset: expected digits, "),
     ("plan --data=", NO_DATA + "''"),
+    ("plan --gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
+    ("plan --gpu-memory 0GB", "--gpu-memory: expected a size"),
+    ("plan --channels 0", "--channels: expected at least 1, got 0"),
+    ("plan --images 0", "--images: expected at least 1, got 0"),
+    ("plan --classes a,b,c,d,e,f,g", "--classes: expected up to 6 different attributes, got"),
+    ("plan --classes labels", "--classes: expected a named data set or a file of mflow prepare"),
+    ("plan --data nowhere", "--data: expected 'digits', a folder or zip of images, or a file"),
+    ("plan --levels 7", "divisible by 2 ** levels = 128, got 64x64"),
+    ("plan --manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
+    ("plan --stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
+    ("plan --device cpu --precision float16", "--precision: expected float32 or bfloat16"),
+    ("plan --run-dir x", "unrecognized arguments: --run-dir x"),
     ("evaluate RUN --device cuda", "--device: expected a CUDA GPU for 'cuda', found none"),
     ("sample", "run: expected a value, got none"),
     ("sample .", "run: expected a folder of mflow train"),
@@ -92,6 +115,9 @@ def data(images, tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "work").mkdir()
     (folder / "work" / "thesis.tex").write_text("years of work")
+    (folder / "circle").symlink_to("circle")
+    (folder / "made").write_text("by somebody else")
+    zip_up(images, folder / "zip")
     (folder / "text").mkdir()
     (folder / "text" / "a.png").write_text("no image")
     write_images(folder / "coloured", channels=3)

@@ -3,8 +3,8 @@
 The fixture `fake_capture` replaces the capture itself, which needs a GPU.
 """
 
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import nullcontext
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -134,64 +134,30 @@ def test_captured_passes_do_not_wait_for_the_device(
     assert fake_capture.backwards == 1
 
 
-class Cuda:
-    """Replaces torch's side of a capture and records the calls. If the end of a capture fails, it
-    stays in the capture, as torch 2.9 does."""
-
-    def __init__(self, monkeypatch):
-        self.calls, self.solver, self.capturing = [], "default", False
-        stream = SimpleNamespace(wait_stream=lambda _: self.calls.append("wait"))
-        generator = SimpleNamespace(
-            clone_state=lambda: "copy", graphsafe_set_state=lambda state: self.calls.append(state)
-        )
-        replacements = {
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "stream": lambda _: nullcontext(),
-            "CUDAGraph": lambda: SimpleNamespace(reset=lambda: self.calls.append("reset")),
-            "graph_pool_handle": lambda: (0, 1),
-            "graph": self.graph,
-            "synchronize": lambda: self.calls.append("synchronize"),
-            "current_device": lambda: 0,
-            "default_generators": [generator],
-        }
-        for name, value in replacements.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.backends.cuda, "preferred_linalg_library", self.prefer)
-        for name in ("endAllocateToPool", "releasePool"):
-            monkeypatch.setattr(torch._C, f"_cuda_{name}", getattr(self, name), raising=False)
-
-    def prefer(self, solver=None):
-        self.solver = solver or self.solver
-        return self.solver
-
-    @contextmanager
-    def graph(self, graph, pool, stream, capture_error_mode):
-        assert (pool, capture_error_mode, self.solver) == ((0, 1), "thread_local", "cusolver")
-        self.calls.append("begin")
-        self.capturing = True
-        yield
-        self.capturing = False
-        self.calls.append("end")
-
-    def endAllocateToPool(self, device, pool):
-        if not self.capturing:
-            raise RuntimeError("not currently recording to mempool_id")
-        self.capturing = False
-
-    def releasePool(self, device, pool):
-        self.calls.append("release")
+# A pass, and the number of captures that have begun.
+WARM_UP = 3 * [("forward", 0), ("backward", 0)]
+PASSES = [*WARM_UP, ("forward", 1), ("backward", 2)]
 
 
-@pytest.mark.parametrize("fails", [None, "forward", "backward", "warm-up"])
+@pytest.mark.parametrize("fails", [None, 1, 6, 7], ids=["none", "warm-up", "forward", "backward"])
 def test_a_capture_warms_up_runs_both_passes_and_leaves_nothing(fails, monkeypatch):
-    cuda = Cuda(monkeypatch)
-    x = torch.ones((), requires_grad=True)
+    """Torch's side of a capture is replaced. After a failure in a capture, it stays in the capture
+    as torch 2.9 does, and "end" leaves it."""
+    cuda, allocator = MagicMock(), Mock()
+    cuda.graph.return_value.__exit__.return_value = False
+    allocator.end.side_effect = RuntimeError("not recording") if fails == 1 else None
+    prefer = Mock(return_value="default")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", allocator.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", allocator.release, raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "preferred_linalg_library", prefer)
+    x, passes = torch.ones((), requires_grad=True), []
 
     def run(name):
-        cuda.calls.append(name)
-        if "begin" not in cuda.calls if fails == "warm-up" else cuda.capturing and name == fails:
-            raise RuntimeError(fails)
+        passes.append((name, cuda.graph.call_count))
+        assert prefer.call_args.args == ("cusolver",)
+        if len(passes) - 1 == fails:
+            raise RuntimeError("fails")
 
     def forward():
         run("forward")
@@ -201,21 +167,24 @@ def test_a_capture_warms_up_runs_both_passes_and_leaves_nothing(fails, monkeypat
         run("backward")
         return torch.autograd.grad(losses, x)
 
-    if fails is None:
+    with pytest.raises(RuntimeError, match="fails") if fails else nullcontext():
         captured = graphs.capture(forward, backward)
-        passes = ["forward", "backward"]
-        captures = ["begin", "forward", "end", "begin", "backward", "end"]
-        assert cuda.calls == ["wait", *3 * passes, *captures, "wait"]
+    assert passes == (PASSES[: fails + 1] if fails else PASSES)
+    how = {"pool": cuda.graph_pool_handle(), "stream": cuda.Stream()}
+    for call in cuda.graph.call_args_list:
+        assert call.kwargs == how | {"capture_error_mode": "thread_local"}
+    assert prefer.call_args.args == ("default",)
+    generator = cuda.default_generators[cuda.current_device()]
+    if fails is None:
         assert not captured.losses[0].requires_grad
         assert captured.gradients == (torch.tensor(2.0),)
+        assert not cuda.synchronize.called
     else:
-        with pytest.raises(RuntimeError, match=fails):
-            graphs.capture(forward, backward)
-        ended = ["synchronize", "reset", "reset", "copy"]
-        ended += [] if fails == "warm-up" else ["release"]
-        assert cuda.calls[cuda.calls.index("synchronize") :] == ended
-    assert not cuda.capturing
-    assert cuda.solver == "default"
+        assert cuda.synchronize.called
+        assert cuda.CUDAGraph().reset.call_count == 2
+        generator.graphsafe_set_state.assert_called_once_with(generator.clone_state())
+        assert allocator.end.called
+        assert allocator.release.called == (fails != 1)
 
 
 @pytest.mark.gpu

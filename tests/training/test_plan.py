@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_runs import TINY, refused, write_images, zip_up
+from tiny_runs import TINY, write_images, zip_up
 
 from benchmarks.reports import step_counts
 from mflow_kernels.data.dequantization import dequantize
@@ -198,27 +198,6 @@ class TestCommand:
         assert "6 images of 1x16x16" in out
         rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
         assert [row[3] for row in rows[1:]] == ["15", "15"]  # 18 of 20 are trained on
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
-            ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
-            ("--channels 0", "--channels: expected at least 1, got 0"),
-            ("--images 0", "--images: expected at least 1, got 0"),
-            ("--classes a,b,c,d,e,f,g", "--classes: expected up to 6 different attributes, got"),
-            ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
-            ("--data nowhere", "--data: expected 'digits', a folder or zip of images, or a file"),
-            ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
-            ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
-            ("--stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
-            ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
-            ("--run-dir x", "unrecognized arguments: --run-dir x"),
-        ],
-    )
-    def test_bad_input(self, arguments, message, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        assert message in refused(["plan", *arguments.split()], tmp_path, capsys)
 
 
 class TestAdvice:

@@ -1,6 +1,5 @@
 """Options that may change when a run resumes, and runs that start from another run's weights."""
 
-import csv
 import shutil
 
 import pytest
@@ -49,10 +48,7 @@ class TestChanges:
         assert checkpoint(run)["global_step"] == 8
         assert stages(run) == [0, 0, 0, 1, 1, 1, 1, 1]
         assert read_config(run).max_steps == 5
-        with (run / "changes.csv").open() as file:
-            assert [*csv.DictReader(file)] == [
-                {"step": "6", "option": "max_steps", "before": "3", "after": "5"}
-            ]
+        assert (run / "changes.csv").read_text().splitlines()[1:] == ["6,max_steps,3,5"]
         assert main(resume) == 0
         assert "has taken all of its 8 steps; larger --stage-epochs" in capsys.readouterr().err
         assert checkpoint(run)["global_step"] == 8

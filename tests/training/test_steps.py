@@ -98,18 +98,24 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monk
     assert rows(tmp_path / "run")[1]["gradient_norm"] in ("nan", "inf")
 
 
-def test_gradients_are_clipped(command, tmp_path, monkeypatch):
-    norms = []
+def gradients_of_steps(monkeypatch):
+    """Return a list that gets the gradients of each step."""
+    kept = []
 
     def note(optimizer, *_):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        kept.append([p.grad.clone() for p in parameters if p.grad is not None])
 
     spy(monkeypatch, torch.optim.AdamW, "step", note)
+    return kept
+
+
+def test_gradients_are_clipped(command, tmp_path, monkeypatch):
+    kept = gradients_of_steps(monkeypatch)
     assert main([*command, "--clip-norm", "0.5"]) == 0
     logged = [float(row["gradient_norm"]) for row in rows(tmp_path / "run")]
     assert max(logged) > 1
+    norms = [float(torch.nn.utils.get_total_norm(gradients)) for gradients in kept]
     assert norms == pytest.approx([min(0.5, norm) for norm in logged], rel=1e-4)
 
 
@@ -254,19 +260,12 @@ class TestStages:
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(domain, command, tmp_path, monkeypatch):
-    kept, passes = [], []
+    kept, passes = gradients_of_steps(monkeypatch), []
 
-    def note(optimizer, *_):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept.append([p.grad.clone() for p in parameters if p.grad is not None])
+    def count(model, x, **options):
+        passes.append(len(x))
 
-    spy(monkeypatch, torch.optim.AdamW, "step", note)
-    spy(
-        monkeypatch,
-        HierarchicalFlow,
-        "terms_and_log_prob",
-        lambda _, x, **__: passes.append(len(x)),
-    )
+    spy(monkeypatch, HierarchicalFlow, "terms_and_log_prob", count)
     command = [*command, "--domain", domain]
     assert main(command) == 0
     first = rows(tmp_path / "run")[0]
