@@ -20,6 +20,17 @@ _TILE = 64  # small images are enlarged by a whole factor, to at most this many 
 _GAP = 4
 _GLYPH = {9: 7.5, 10: 8.3, 12: 10.0}  # font size -> upper bound of a character's mean pixels
 _LONGEST = 80  # characters of a text that are drawn
+# The panels of training curves: columns of the metrics, with their labels.
+_CURVES = {
+    "likelihood": {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"},
+    "objective": {"loss_bits_per_dim": "loss", "penalty_bits_per_dim": "penalty"},
+    "parts of the likelihood": {
+        "on_manifold_bits_per_dim": "on manifold",
+        "off_manifold_bits_per_dim": "off manifold",
+        "logdet_bits_per_dim": "log-det",
+    },
+    "weight of the penalty": {"penalty_weight": "weight"},
+}
 
 
 def draw_images(
@@ -85,21 +96,14 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     changes = any("penalty_weight" in row for row in rows)
     panels = figure.subplots(len(stages), 4 if changes else 3, squeeze=False)
     figure.suptitle("Training", fontsize=13)
-    for stage, (likelihood, loss, parts, *weight) in zip(stages, panels, strict=True):
+    for stage, places in zip(stages, panels, strict=True):
         own = [row for row in rows if int(row["stage"]) == stage]
-        name = "image flow" if stage == 0 else "on the manifold"
-        likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
-        _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
-        loss.set(title=f"stage {stage + 1}: objective", ylabel="bits per dimension")
-        labels = {"loss": "loss", "penalty": "penalty"}
-        _plot(loss, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
-        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="bits per dimension")
-        labels = {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"}
-        _plot(parts, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
-        for axes in weight:
-            axes.set(title=f"stage {stage + 1}: weight of the penalty", ylabel="weight")
-            _plot(axes, own, {"penalty_weight": "weight"})
-            if not any("penalty_weight" in row for row in own):
+        flow = " (image flow)" if stage == 0 else " (on the manifold)"
+        for axes, (title, names) in zip(places, _CURVES.items(), strict=False):
+            axes.set_title(f"stage {stage + 1}{flow if axes is places[0] else ''}: {title}")
+            axes.set_ylabel("weight" if "penalty_weight" in names else "bits per dimension")
+            _plot(axes, own, names)
+            if "penalty_weight" in names and not any("penalty_weight" in row for row in own):
                 axes.set_axis_off()  # the weight of this stage is constant
     _save(figure, path)
 

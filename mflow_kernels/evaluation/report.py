@@ -77,42 +77,41 @@ def describe_work(run: Trained, images: ImageSet, options: ReportOptions) -> str
     others = [len(other) for _, other in options.others]
     # The evaluated images, their negatives and uniform noise, then the other sets.
     scored = sum(min(SCORED_IMAGES, number) for number in (count, count, count, *others))
+    lines = ["evaluation, with the passes of an image through the image flow:"]
+
+    def add(what: str, passes: int, most: str = "") -> None:
+        lines.append(f"  {what}: {most}{passes:,} passes")
+
     # The projection of each stage takes a pass, and so do terms, encoding and penalty of stage 1.
-    lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (stages + 3))]
+    add(f"likelihood and reconstruction of {count:,} images", count * (stages + 3))
     if options.draws > 1:
-        lines.append(_work(f"{options.draws} dequantizations of each", count * options.draws))
+        add(f"{options.draws} dequantizations of each", count * options.draws)
     if options.compared:
         samples = len(TEMPERATURES) * min(options.compared, count)
-        lines.append(_work(f"{samples:,} samples for FID, KID, precision and recall", samples))
-    lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
-    what = f"up to {SCORED_IMAGES} training images to compare with"
-    lines.append(_work(what, 3 * SCORED_IMAGES, "at most "))
-    dense = density_images(model)
-    if dense and not options.quick:
-        method = density_method(model)
-        # The same sets for the OOD score, and the evaluated images once more.
-        measured = sum(min(dense, number) for number in (count, count, count, count, *others))
-        passes = model.manifold_dim if method == "exact" else 2 * _PROBES * _ITERATIONS
-        most = "" if method == "exact" else "at most "
-        what = f"density on the manifold at {measured:,} images ({method})"
-        lines.append(_work(what, measured * passes, most))
-        # The sets of the OOD score, and training images.
-        measured += min(dense, SCORED_IMAGES) - min(dense, count)
-        what = f"local dimension at {measured:,} images ({method})"
-        lines.append(_work(what, measured * passes, "at most "))
-    if _why_no_spectrum(run) is None and not options.quick:
-        dims = math.prod(model.input_shape)
-        lines.append(_work("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims))
+        add(f"{samples:,} samples for FID, KID, precision and recall", samples)
+    add(f"scores of {scored:,} images of all sets", 3 * scored)
+    training = f"up to {SCORED_IMAGES} training images to compare with"
+    add(training, 3 * SCORED_IMAGES, "at most ")
     if options.quick:
         lines.append(
             "  left out by --quick: density on the manifold, OOD score, local dimension, intrinsic "
             "dimension"
         )
-    return "\n".join(["evaluation, with the passes of an image through the image flow:", *lines])
-
-
-def _work(what: str, passes: int, most: str = "") -> str:
-    return f"  {what}: {most}{passes:,} passes"
+        return "\n".join(lines)
+    if dense := density_images(model):
+        method = density_method(model)
+        # The same sets for the OOD score, and the evaluated images once more.
+        measured = sum(min(dense, number) for number in (count, count, count, count, *others))
+        passes = model.manifold_dim if method == "exact" else 2 * _PROBES * _ITERATIONS
+        most = "" if method == "exact" else "at most "
+        add(f"density on the manifold at {measured:,} images ({method})", measured * passes, most)
+        # The sets of the OOD score, and training images.
+        measured += min(dense, SCORED_IMAGES) - min(dense, count)
+        add(f"local dimension at {measured:,} images ({method})", measured * passes, "at most ")
+    if _why_no_spectrum(run) is None:
+        dims = math.prod(model.input_shape)
+        add("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims)
+    return "\n".join(lines)
 
 
 def write_report(

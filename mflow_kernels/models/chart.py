@@ -11,7 +11,7 @@ from mflow_kernels.layers.flow import Context, for_each, numbered, sample_normal
 from mflow_kernels.layers.model import Model
 from mflow_kernels.models.mixture import GaussianMixture
 from mflow_kernels.models.volume import Estimate, Method, log_volume
-from mflow_kernels.ops.checks import check_choice, check_count
+from mflow_kernels.ops.checks import check_broadcast, check_choice, check_count, check_tensor
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
@@ -369,11 +369,5 @@ def normal_score(u: Tensor) -> Tensor:
 
 def _expanded(x: Tensor, known: Tensor) -> Tensor:
     """Return the mask of known pixels in the shape of x."""
-    if known.dtype != torch.bool:
-        raise TypeError(f"known: expected dtype bool, got {known.dtype}")
-    try:
-        return known.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"known: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(known.shape)}"
-        ) from None
+    check_broadcast("known", check_tensor("known", known, (torch.bool,)), tuple(x.shape))
+    return known.expand(x.shape)
