@@ -15,17 +15,15 @@ from mflow_kernels.ops.rational_quadratic import apply_spline, check_numbers
 from mflow_kernels.ops.spline import Spline, SplineOptions, make_spline
 
 
-def couple_by_splines(
-    x: Tensor, params: Tensor, spline: Spline, inverse: bool, name: str = "params"
-) -> tuple[Tensor, Tensor]:
-    """`spline_coupling` or its inverse. Errors call params `name`."""
+def _couple(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
+    """`spline_coupling` or its inverse."""
     state = "y" if inverse else "x"
     x = flow_state(state, x)
     if x.shape[1] < 2:
         shape = tuple(x.shape)
         raise ValueError(f"{state}: expected at least 2 channels to couple, got shape {shape}")
     c_a = x.shape[1] // 2
-    params = check_numbers(x, params, spline, c_a, name, state)
+    params = check_numbers(x, params, spline, c_a, "params", state)
     return apply_spline(x, params, spline, c_a, inverse)
 
 
@@ -49,7 +47,7 @@ def spline_coupling(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    return couple_by_splines(x, params, make_spline(bins, bound, options), False)
+    return _couple(x, params, make_spline(bins, bound, options), False)
 
 
 def spline_coupling_inverse(
@@ -60,4 +58,4 @@ def spline_coupling_inverse(
     **options: Unpack[SplineOptions],
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `spline_coupling`: x, and the negative of its logdet. Same arguments."""
-    return couple_by_splines(y, params, make_spline(bins, bound, options), True)
+    return _couple(y, params, make_spline(bins, bound, options), True)
