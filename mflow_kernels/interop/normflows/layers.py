@@ -23,18 +23,8 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import (
-    Affine,
-    DataInit,
-    Linear,
-    Listed,
-    Reorder,
-    Rotated,
-    SameBuffers,
-    inverse_of,
-    lu_linears,
-    permutation,
-)
+from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, lu_linears, permutation
+from mflow_kernels.interop.orders import Listed, Rotated, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
 from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts, inverted

@@ -20,7 +20,8 @@ from zuko.lazy import LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.utils import broadcast
 
 from mflow_kernels.interop.adapter import Adapter, PartsOf
-from mflow_kernels.interop.linear import constant, inverse_of
+from mflow_kernels.interop.linear import constant
+from mflow_kernels.interop.orders import inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import AutoregressiveSplines
 from mflow_kernels.interop.subclasses import implementation_of
