@@ -16,7 +16,8 @@ from mflow_kernels import ops
 from mflow_kernels.interop.affine import AffineMap
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
-from mflow_kernels.interop.linear import Linear, Reorder, Row, versions
+from mflow_kernels.interop.linear import Linear, Reorder, Row
+from mflow_kernels.interop.orders import versions
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
 from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
 from mflow_kernels.ops.layouts import flow_state

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import Listed, Reorder, SameBuffers, inverse_of
+from mflow_kernels.interop.linear import Reorder
+from mflow_kernels.interop.orders import Listed, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Elementwise, Exactly, Part
 from mflow_kernels.ops.rational_quadratic import apply_spline, check_numbers

@@ -19,14 +19,12 @@ from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
     Linear,
-    Listed,
-    OfMatrix,
     Reorder,
-    inverse_of,
     one_linear,
     permutation,
     stack,
 )
+from mflow_kernels.interop.orders import Listed, OfMatrix, inverse_of
 from mflow_kernels.interop.params import Joined, Params, Passing
 from mflow_kernels.interop.parts import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction

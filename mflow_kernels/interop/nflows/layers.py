@@ -16,14 +16,12 @@ from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
     Linear,
-    Listed,
     Reorder,
-    SameBuffers,
-    inverse_of,
     lu_linears,
     one_linear,
     permutation,
 )
+from mflow_kernels.interop.orders import Listed, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts

@@ -16,25 +16,15 @@ from normflows.flows.neural_spline.coupling import (
     PiecewiseRationalQuadraticCDF,
     PiecewiseRationalQuadraticCoupling,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from mflow_kernels.interop.actnorm_initialization import (
     per_channel,
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import (
-    Affine,
-    DataInit,
-    Linear,
-    Listed,
-    Reorder,
-    Rotated,
-    SameBuffers,
-    inverse_of,
-    lu_linears,
-    permutation,
-)
+from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, lu_linears, permutation
+from mflow_kernels.interop.orders import Listed, Rotated, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
 from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts, inverted
@@ -116,14 +106,6 @@ def _permute(layer: Any) -> tuple[Part, ...] | str:
     return f"its mode {layer.mode!r} is unknown"
 
 
-def _conv(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _plu if layer.use_lu else _plain),)
-
-
-def _invertible_affine(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _plu_of_rows if layer.use_lu else _plain_of_rows),)
-
-
 def _lu_permute(layer: Any) -> tuple[Part, ...]:
     order = permutation(layer.permutation, "_permutation")
     return (order, Linear(layer.linear, lu_linears))
@@ -178,7 +160,9 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
 def _glow_block(layer: Any) -> tuple[Part, ...] | str:
     parts: list[Part] = []
     for part in reversed(layer.flows):
-        own = parts_of(part)
+        if type(part) not in LAYERS:
+            return "mflow_kernels has no such layer"
+        own = LAYERS[type(part)](part)
         if isinstance(own, str):
             return own
         parts += own
@@ -199,33 +183,22 @@ def _spline_coupling(layer: Any) -> tuple[Part, ...] | str:
     return coupling_parts(layer, PiecewiseRationalQuadraticCDF)
 
 
-def _squeeze(layer: Any) -> tuple[Part, ...]:
-    return (SpaceToDepth(inverted=False),)
-
-
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nf.flows.ActNorm: _affine_constant,
     AffineConstFlow: _affine_constant,
     nf.flows.Permute: _permute,
-    nf.flows.Invertible1x1Conv: _conv,
-    nf.flows.InvertibleAffine: _invertible_affine,
+    nf.flows.Invertible1x1Conv: lambda m: (Linear(m, _plu if m.use_lu else _plain),),
+    nf.flows.InvertibleAffine: lambda m: (Linear(m, _plu_of_rows if m.use_lu else _plain_of_rows),),
     nf.flows.LULinearPermute: _lu_permute,
     nf.flows.AffineCouplingBlock: _coupling_block,
     nf.flows.MaskedAffineFlow: _masked,
     nf.flows.GlowBlock: _glow_block,
-    nf.flows.Squeeze: _squeeze,
+    nf.flows.Squeeze: lambda _: (SpaceToDepth(inverted=False),),
     nf.flows.CoupledRationalQuadraticSpline: lambda layer: _spline_coupling(layer.prqct),
     nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: autoregressive_parts(m.mprqat),
     PiecewiseRationalQuadraticCoupling: lambda layer: inverted(_spline_coupling(layer)),
     MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(autoregressive_parts(m)),
 }
-
-
-def parts_of(layer: nn.Module) -> tuple[Part, ...] | str:
-    """Return the parts of a layer, data -> latent, or the reason why our kernels have none."""
-    if type(layer) not in LAYERS:
-        return "mflow_kernels has no such layer"
-    return LAYERS[type(layer)](layer)
 
 
 def channels_of(layer: Any) -> int | None:

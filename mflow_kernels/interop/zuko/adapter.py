@@ -20,7 +20,8 @@ from zuko.lazy import LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.utils import broadcast
 
 from mflow_kernels.interop.adapter import Adapter, PartsOf
-from mflow_kernels.interop.linear import constant, inverse_of
+from mflow_kernels.interop.linear import constant
+from mflow_kernels.interop.orders import inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import AutoregressiveSplines
 from mflow_kernels.interop.subclasses import implementation_of
@@ -123,12 +124,9 @@ def _params(layer: Any, c: Tensor | None, x: Tensor) -> Tensor:
     return params
 
 
-def _given(params: Tensor, _: Tensor) -> Tensor:
-    return params
-
-
 def _autoregressive(self: Any, c: Tensor | None, x: Tensor) -> Splines:
-    return Splines(_spline_of(self), partial(_given, _params(self, c, x)))
+    params = _params(self, c, x)
+    return Splines(_spline_of(self), lambda _: params)
 
 
 def _coupling(self: Any, c: Tensor | None = None) -> Splines:
@@ -146,7 +144,7 @@ def _kept_first(mask: tuple[bool, ...]) -> tuple[int, tuple[int, ...] | None]:
 
 def _elementwise(self: Any, c: Tensor | None = None) -> Splines:
     params = torch.cat(list(self.phi), dim=-1).flatten() if c is None else self.hyper(c)
-    return Splines(_spline_of(self), partial(_given, params))
+    return Splines(_spline_of(self), lambda _: params)
 
 
 _WHAT = {
