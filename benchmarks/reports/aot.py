@@ -1,38 +1,29 @@
 """Compile the launches that the real launchers make, with no GPU.
 
-Import this before anything that imports mflow_kernels. The package must see TRITON_INTERPRET=1, so
-that launchers take CPU tensors, but Triton must not interpret, so that kernels can be compiled.
-
-`capture` replaces `JITFunction.run` by a function that records the launch and does nothing.
+`capture` records the launches of code on meta tensors, by a walk of `training.account`.
 `compile_for` then compiles a recorded launch through Triton's own launch path (argument names,
 specialization on alignment, divisibility by 16 and 1, options) up to machine code, with a driver
 that only names the GPU to compile for.
 """
 
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-triton.knobs.runtime.interpret = False
-os.environ["TRITON_INTERPRET"] = "1"
+from benchmarks.reports.ptx import access_bytes
+from mflow_kernels.ops import launch as launches
+from mflow_kernels.training.account import Account, counting
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import mflow_kernels.ops  # noqa: E402, F401 - registers the launchers for the CPU
-from benchmarks.reports.ptx import access_bytes  # noqa: E402
-
-_run = JITFunction.run
+launches.KERNELS_ON_CPU = True  # launchers ask Triton's driver for the GPU
 
 
 @dataclass(frozen=True)
@@ -123,54 +114,23 @@ def choose_tiles_of(target: str) -> None:
     driver.set_active(_CompileOnly(target))
 
 
-@contextmanager
-def noting(note: Callable[[Launch], object]) -> Iterator[None]:
-    """Within this context, call `note` with each launch, and compute nothing."""
+class _Launches(Account):
+    def __init__(self) -> None:
+        super().__init__(gpu=True)
+        self.launches: list[Launch] = []
 
-    def run(
-        self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
+    def launched(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        note(Launch(self, args, kwargs, grid))
-
-    JITFunction.run = run
-    try:
-        yield
-    finally:
-        JITFunction.run = _run
+        self.launches.append(Launch(kernel, args, options, grid))
 
 
 def capture(function: Callable[[], object]) -> list[Launch]:
-    """Run `function` and return the launches that it would have made. No kernel runs."""
-    launches: list[Launch] = []
-
-    def note(launch: Launch) -> None:
-        launches.append(replace(launch, args=tuple(map(_untouched, launch.args))))
-
-    with noting(note):
+    """Run `function`, which works on meta tensors, and return its launches."""
+    account = _Launches()
+    with counting(account):
         function()
-    return launches
-
-
-_room = torch.empty(2**28, dtype=torch.uint8)  # its pages are never written and take no memory
-
-
-def _untouched(argument: Any) -> Any:
-    """A tensor in `_room` of the same shape, strides and alignment. A new allocation could reuse a
-    freed block, whose pages take memory."""
-    global _room
-    if isinstance(argument, tuple):
-        return tuple(map(_untouched, argument))
-    if not isinstance(argument, Tensor) or not argument.numel():
-        return argument
-    steps = (
-        (size - 1) * step for size, step in zip(argument.shape, argument.stride(), strict=True)
-    )
-    offset = argument.data_ptr() % 16 // argument.element_size()
-    needed = (offset + sum(steps) + 1) * argument.element_size()
-    if needed > len(_room):
-        _room = torch.empty(2 * needed, dtype=torch.uint8)
-    room = torch.empty(0, dtype=argument.dtype)
-    return room.set_(_room.untyped_storage(), offset, argument.shape, argument.stride())
+    return account.launches
 
 
 @dataclass
@@ -188,7 +148,7 @@ class Compiled:
 def compile_for(launch: Launch, target: str) -> Compiled:
     driver.set_active(_CompileOnly(target))
     try:
-        kernel = _run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.kwargs)
+        kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.kwargs)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
     if "st.global" not in kernel.asm["ptx"]:  # Triton 3.6 compiles some kernels to a trap

@@ -117,6 +117,7 @@ def operations(case: Case) -> Iterator[Operation]:
     draw = Draw(
         (case.n, case.c, case.side, case.side),
         (case.dtype, case.params_dtype),
+        torch.get_default_device(),
         layout=case.laid_out,
         numbers=lambda size: torch.full(size, 0.5, dtype=torch.float64),  # no report uses results
     )

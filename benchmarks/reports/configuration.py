@@ -3,10 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from benchmarks.reports import aot  # before anything of mflow_kernels
+from torch import Tensor
 
-from torch import Tensor  # isort: skip
-
+from benchmarks.reports import aot
 from benchmarks.reports.cases import SHORT
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.layouts import is_channels_last

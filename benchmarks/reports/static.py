@@ -26,12 +26,10 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import aot  # before anything of mflow_kernels
-
-import torch  # isort: skip
+import torch
 
 from benchmarks.harness.output import command_parser, save_json, text_table
-from benchmarks.reports import recorded
+from benchmarks.reports import aot, recorded
 from benchmarks.reports.cases import Case, operations
 from benchmarks.reports.configuration import Configuration, states, widths
 from benchmarks.reports.nvcc import NATIVE, compile_native
@@ -58,7 +56,9 @@ def launches_of(size: str) -> Iterator[Recorded]:
         yield from recorded.record(model)
     if size == "full":
         for case in full_cases():
-            for operation in operations(case):
+            with torch.device("meta"):
+                on_meta = list(operations(case))
+            for operation in on_meta:
                 name = f"{operation.name}, {operation.direction}"
                 for launch in aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
@@ -102,8 +102,9 @@ def network_shapes() -> Iterator[Network]:
 def run_network(c: int, width: int, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
     """Make every launch of a coupling network: forward with and without stored hidden tensors, and
     backward."""
-    network = coupling_net(c // 2, 2 * (c - c // 2), width, len(sides))
-    x = torch.zeros(2, c // 2, *sides, dtype=dtype)
+    with torch.device("meta"):
+        network = coupling_net(c // 2, 2 * (c - c // 2), width, len(sides))
+        x = torch.empty(2, c // 2, *sides, dtype=dtype)
     if sides:
         network, x = (t.to(memory_format=torch.channels_last) for t in (network, x))
     x.requires_grad_()

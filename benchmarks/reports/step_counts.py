@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.rerun import RerunCall
@@ -69,36 +69,33 @@ class _Counter(Account):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         large = any(self.has_pixels(t) and nbytes(t) > LARGE for t in given)
         if large or function is torch.ops.aten.mm.dtype:  # CPUs lack this product
-            return _without_computing(function, args, kwargs, given)
+            return _without_computing(function, args, kwargs)
         return function(*args, **kwargs)
 
 
 LARGE = 2**20  # bytes
 
 
-def _without_computing(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
-) -> Any:
+def _without_computing(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the meta device. Return results in memory that nothing writes."""
-    metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-             for t in given}  # fmt: skip
-    originals = {id(metas[id(t)]): t for t in given}
-    on_meta = {k: torch.device("meta") if isinstance(v, torch.device) else v
-               for k, v in kwargs.items()}  # fmt: skip
-    out = function(*_swapped(args, metas), **_swapped(on_meta, metas))
+    originals: dict[int, Tensor] = {}  # by the identity of their counterparts
 
-    def real(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
+    def meta(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if not isinstance(value, Tensor):
+            return value
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        originals[id(made)] = value
+        return made
+
+    def real(t: Tensor) -> Tensor:
         if id(t) in originals:  # changed in place
             return originals[id(t)]
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
 
-    return tree_map(real, out)
-
-
-def _swapped(tree: Any, metas: dict[int, Tensor]) -> Any:
-    return tree_map(lambda t: metas[id(t)] if isinstance(t, Tensor) else t, tree)
+    args, kwargs = tree_map(meta, (args, kwargs))
+    return tree_map_only(Tensor, real, function(*args, **kwargs))
 
 
 @contextmanager

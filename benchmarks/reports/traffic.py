@@ -40,13 +40,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from benchmarks.reports import traffic_counts  # before anything of mflow_kernels
-
-import torch  # isort: skip
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.output import command_parser, save_json, text_table
+from benchmarks.reports import traffic_counts
 from benchmarks.reports.cases import (
     CHAINS,
     CHANNEL_PRODUCTS,
@@ -57,6 +58,7 @@ from benchmarks.reports.cases import (
     operations,
 )
 from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
+from mflow_kernels.training.account import Account, counting
 
 CHANNELS = (12, 24, 48, 96, 192, 384)
 # Arguments that are whole states although the kernel needs only the second half of the channels: a
@@ -240,20 +242,23 @@ def _in_processes(jobs: Sequence[tuple[Case, bool, int]]) -> Iterator[list[Row]]
         yield from pool.imap_unordered(measure, jobs)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts torch operators that would be launches on a GPU: not views and not allocations."""
-
-    QUIET = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_to_cpu", "resize_", "set_")
+class _Chain(Account):
+    """Counts the launches of a chain: over states, others, and those of torch's operators."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__(gpu=True)
+        self.over = self.others = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__
-        quiet = function.is_view or function.namespace == "mflow" or name.startswith(self.QUIET)
-        self.count += not quiet
-        return function(*args, **(kwargs or {}))
+    def launched(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        over = any(isinstance(t, Tensor) and t.dim() == 4 for t in tree_leaves(args))
+        self.over += over
+        self.others += not over
+
+    @property
+    def operators(self) -> int:
+        return len(self.kernels) - self.over - self.others
 
 
 @dataclass
@@ -266,7 +271,9 @@ class Launches:
     states: int  # the package's launches over tensors with pixels
     others: int  # its other launches: the sum of the logdets
     bound: int
-    torch: float  # torch operators per step, each a launch on a GPU; from chains of K and 2 K steps
+    # Torch operators per step of flow, each a launch on a GPU; from chains of K and 2 K steps. The
+    # first training step, which also compares both runs of each network, makes more.
+    torch: float
     fault: str
 
     HEAD = ("chain", "direction", "K", "over states", "others", "at most", "torch a step", "")
@@ -293,20 +300,18 @@ def launches(steps: int = 4) -> list[Launches]:
 
 def _count_chain(steps: int, direction: str, options: Mapping[str, object]) -> tuple[int, int, int]:
     """Return a chain's launches over states, its other launches, and its torch operators."""
-    case = Case(12, n=1, side=4, channels_last=True)
-    flow = chain(case, steps, **options)
-    x = case.tensor(case.c, case.dtype)
+    with torch.device("meta"):
+        case = Case(12, n=1, side=4, channels_last=True)
+        flow, x = chain(case, steps, **options), case.tensor(case.c, case.dtype)
     run = partial(flow if direction.startswith("forward") else flow.inverse, x)
-    with traffic_counts.noting() as noted:
+    with counting(_Chain()):
         if direction.endswith("backward"):
             function = backward_of(run, [x, *(p for p in flow.parameters() if p.requires_grad)])
         else:
             function = torch.no_grad()(run)
-        noted.clear()
-        with _Operators() as operators:
-            function()
-    over = sum(any(t.dim() == 4 for t in tensors) for tensors in noted)
-    return over, len(noted) - over, operators.count
+    with counting(found := _Chain()):
+        function()
+    return found.over, found.others, found.operators
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,24 +1,16 @@
 """Count the requests of compiled launches to global memory, on the simulated GPU of tests/ptx.
 
-Import this before anything that imports mflow_kernels: launches then take CPU tensors. The counts
-are of the compiled kernel's instructions, so an element that several threads load counts several
-times. A launch that accesses memory outside its tensors, or that races, raises
+The counts are of the compiled kernel's instructions, so an element that several threads load counts
+several times. A launch that accesses memory outside its tensors, or that races, raises
 `ptx.launch.Violation`.
 """
 
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import JITFunction
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
@@ -101,15 +93,3 @@ def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> l
         device.launches.clear()
         function()
         return [_launch_of(launched) for launched in device.launches]
-
-
-@contextmanager
-def noting() -> Iterator[list[list[Tensor]]]:
-    """Within this context, run no kernel. Yield a list of the tensors of each launch."""
-    noted: list[list[Tensor]] = []
-
-    def run(_: JITFunction, *args: Any, **kwargs: Any) -> None:
-        noted.append([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-
-    with mock.patch.object(JITFunction, "run", run):
-        yield noted

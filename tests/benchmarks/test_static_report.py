@@ -33,39 +33,53 @@ def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
 
 
 RECORDED = """
-import contextlib
 from dataclasses import replace
+from unittest import mock
 
 import torch
-from benchmarks.reports import recorded as _recorded
-from mflow_kernels.layers.networks import coupling_net
+from benchmarks.reports import aot, recorded
+from mflow_kernels.ops.written import written_arguments
+from mflow_kernels.reversible import backward
+from triton.runtime.jit import JITFunction
 
-def keys(model):
-    recorded = [launch for _, launch in _recorded.record(model)]
-    assert len(recorded) > 30
-    return {launch.key for launch in recorded}
+def of_walk(model):
+    found = [launch for _, launch in recorded.record(model)]
+    assert len(found) > 30
+    return {launch.key for launch in found}
 
-def real_network(channels):
-    network = coupling_net(channels // 2, channels, 2, 2)
-    return network.to(memory_format=torch.channels_last)
+def of_real_tensors(model):
+    found, flow = [], recorded._build(model)
+    x = torch.zeros(recorded.BATCH, *model.image_shape)
+
+    def note(kernel, *args, grid, warmup, **options):
+        found.append(aot.Launch(kernel, args, options, grid))
+        for argument, is_result in zip(args, written_arguments(kernel)):
+            result = argument[0] if isinstance(argument, tuple) else argument
+            if is_result and isinstance(result, torch.Tensor):
+                result.detach().zero_()  # in place of what the kernel computes
+
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(backward, "check_repeats", return_value=None),  # nothing is computed
+        torch.autocast("cpu", torch.bfloat16, enabled=model.dtypes[1] == torch.bfloat16),
+    ):
+        for run in recorded._runs(flow, x):
+            run()
+    return {launch.key for launch in found}
 
 few = dict(image_shape=(3, 8, 24), manifold_dims=(64,), steps=(3,))
-models = [replace(m, **few) for m in _recorded.models() if m.name == "odd sizes"]
+models = [replace(m, **few) for m in recorded.models() if m.name == "odd sizes"]
 # Every kind of chain with 16-bit networks, and the reversible kind with float32 networks too.
 models = [m for m in models if m.dtypes[1] != torch.float32 or m.chain == "reversible"]
-empty = [keys(model) for model in models]
-assert len({frozenset(found) for found in empty}) == len(models)
-_recorded._NoAlgebra, _recorded.EmptyNetwork = contextlib.nullcontext, real_network
-assert empty == [keys(model) for model in models]
+walked = [of_walk(model) for model in models]
+assert len({frozenset(found) for found in walked}) == len(models)
+assert walked == [of_real_tensors(model) for model in models]
 """
 
 
 @pytest.mark.long
-def test_models_that_compute_make_the_recorded_launches() -> None:
-    """The recorder's empty networks and skipped products do not change a launch.
-
-    The states that a chain keeps and the dtype of its networks do.
-    """
+def test_models_on_real_tensors_make_the_recorded_launches() -> None:
+    """The states that a chain keeps and the dtype of its networks change them."""
     done = run_python("-c", RECORDED)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -105,11 +119,7 @@ def _unlaunchable_kernel(x, params):
 
 x, y = (torch.zeros(2, 16, 64, 64) for _ in range(2))
 kernels = _sound_kernel, _narrow_kernel, _spilling_kernel, _unlaunchable_kernel
-planted = [
-    Recorded("planted", launch)
-    for kernel in kernels
-    for launch in _aot.capture(lambda: kernel[(1,)](x, y))
-]
+planted = [Recorded("planted", _aot.Launch(kernel, (x, y), {}, (1,))) for kernel in kernels]
 static_report.NATIVE = []
 static_report.network_launches = lambda size, target: []
 
