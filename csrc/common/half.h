@@ -26,19 +26,21 @@ struct HalfProblem {
 
     // The channels that pass through are copied from `from` to `to`: those of the state, and those of the
     // gradient in a backward problem.
-    int64_t identity_channels = 0;  // no more than the channels of the half; 0 copies nothing
+    int64_t identity_channels = 0;  // 0 copies nothing
     StateView from, to;
 };
 
-// Copies the tile's share of the channels that pass through: those with the tile's indices.
+// Copies the tile's share of the channels that pass through: those with the tile's indices, and all that
+// follow if the half has no more channels than the tile's.
 template <class A>
 MFLOW_INLINE void copy_identity(const HalfProblem& p, const HalfGrid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
+    const int64_t own = g.pixels_inside ? t.rows : t.width;
     const int64_t left = p.identity_channels - first;
-    const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
-    const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
     if (left <= 0) return;
-    copy<A>(rows, width, part<A>(g, t, p.from), part<A>(g, t, p.to));
+    const int channels = static_cast<int>(first + own == p.shape.channels ? left : std::min(own, left));
+    copy<A>(g.pixels_inside ? channels : t.rows, g.pixels_inside ? t.width : channels,
+            part<A>(g, t, p.from), part<A>(g, t, p.to));
 }
 
 template <class A>

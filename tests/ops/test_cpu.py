@@ -14,7 +14,10 @@ from torch import Tensor
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.rational_quadratic import transform_ref
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.spline import Spline
+from mflow_kernels.testing import assert_close
 
 if cpu._C is None:
     pytest.skip("csrc is not built", allow_module_level=True)
@@ -51,7 +54,8 @@ def couple(y: Tensor, options: tuple[Any, ...]) -> object:
         (lambda: cpu.change_half_backward("coupling", DY[:1], X[:, 0, 0, 0], X, PARAMS, *HOW),
          "one shape"),
         (lambda: cpu.change_half("coupling", X.half(), PARAMS, *HOW), "float32 or float64"),
-        (lambda: cpu.change_half("coupling", X, PARAMS, TANH.args, 4, False), "no larger"),
+        (lambda: cpu.change_half("coupling", X, PARAMS, TANH.args, 4, False), "one shape"),
+        (lambda: cpu.change_half("coupling", X, PARAMS, TANH.args, 6, False), "one channel"),
         (lambda: couple(X.double(), TANH.args), "state's dtype"),
         (lambda: couple(X, ("relu", *TANH.args[1:])), "unknown scale function relu"),
         (lambda: conv1x1_backward(None, X.transpose(2, 3)), "one stride for all pixels"),
@@ -66,6 +70,27 @@ def couple(y: Tensor, options: tuple[Any, ...]) -> object:
 def test_loops_refuse_what_they_would_misread(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last, "vectors"], ids=str
+)
+@pytest.mark.parametrize("channels", [1, 40])
+def test_more_channels_may_pass_through_than_change(channels: int, layout: Any) -> None:
+    kept, spline = channels + 90, Spline(3, 2.0)
+    shapes = [(2, c, 3, 40) for c in (kept + channels, channels * spline.numbers)]
+    tensors = [normal(*shape) for shape in shapes]
+    if layout == "vectors":
+        x, params = (t.movedim(1, -1).flatten(0, -2) for t in tensors)
+    else:
+        x, params = (t.contiguous(memory_format=layout) for t in tensors)
+    y, ledger = cpu.change_half("spline", x, params, spline.args, kept, False)
+    want = transform_ref(x.double(), params.double(), spline, kept, False)
+    assert torch.equal(y[:, :kept], x[:, :kept])
+    assert_close(y, want[0], terms=30, scale=2.0)
+    dy = torch.ones_like(y)
+    dx, _ = cpu.change_half_backward("spline", dy, ledger, x, params, spline.args, kept, False)
+    assert torch.equal(dx[:, :kept], dy[:, :kept])
 
 
 def test_an_error_in_a_worker_is_an_error_of_the_call(tmp_path):
