@@ -114,7 +114,7 @@ class Layout:
             nn.ReLU(inplace=True),
             self.last_convolution(last),
         )
-        return Step(self.conv1x1(at), *self.scale_and_bias(at), net)
+        return Step(self.conv1x1(at), *self.bias_and_log_scale(at), net)
 
     def prior(self, level: int) -> nn.Conv2d:
         """Return a split's network, from the half that remains to the latent's mean and log sd."""
@@ -155,14 +155,14 @@ class Layout:
     def conv1x1(self, at: str) -> Tensor:
         return self.weight(at + self.matrix)
 
-    def scale_and_bias(self, at: str) -> tuple[Tensor, Tensor]:
+    def bias_and_log_scale(self, at: str) -> tuple[Tensor, Tensor]:
         """The bias and the log-scale (C,) of an actnorm."""
         bias, logs = (self[at + name].flatten() for name in self.actnorm)
         return bias, self.factor * logs
 
     def convolution(self, name: str) -> nn.Conv2d:
         """A convolution, with the actnorm after it."""
-        return _conv(self.weight(name + self.kernel), *self.scale_and_bias(name), self.edge)
+        return _conv(self.weight(name + self.kernel), *self.bias_and_log_scale(name), self.edge)
 
     def last_convolution(self, name: str) -> nn.Conv2d:
         weight, bias, logs = (name + end for end in self.last)
@@ -210,7 +210,7 @@ class Rosinality(Layout):
             weight = plu(*(self[f"{at}.invconv.{name}"] for name in names))
         return weight * self[at + self.actnorm[1]].flatten().sign()
 
-    def scale_and_bias(self, at: str) -> tuple[Tensor, Tensor]:
+    def bias_and_log_scale(self, at: str) -> tuple[Tensor, Tensor]:
         bias, scale = (self[at + name].flatten() for name in self.actnorm)
         return bias, scale.abs().log()
 
