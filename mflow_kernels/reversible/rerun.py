@@ -313,6 +313,11 @@ class RerunCall:
             f"it changes. Its gradients would be wrong; {STORE}"
         )
 
+    def remember(self, draws: bool) -> None:
+        """Record that its two runs agreed in these modes, and whether they drew random numbers."""
+        known = _known.setdefault(self.module, {}).setdefault(self._key, Known([]))
+        known.draws = draws
+
     def _check_capturable(self) -> None:
         """Raise RuntimeError unless the module can run twice in a CUDA graph, which cannot restore
         the random state."""
@@ -373,5 +378,4 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
     for call, value in zip(differences, found, strict=True):
         if value > ROUNDING:
             call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
-        assert call.known is not None  # the first run was seen
-        call.known.draws = call.random is not None
+        call.remember(call.random is not None)
