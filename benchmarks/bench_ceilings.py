@@ -8,17 +8,18 @@ does. Each model is first compared with its reference at a small batch, except o
 """
 
 import gc
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.measurements import REPLAY, peak_bytes, seconds
+from benchmarks.harness.measurements import peak_bytes, seconds
 from benchmarks.harness.models import Model, Spec, shared_results
 from benchmarks.harness.processes import Died, in_fresh_processes
-from benchmarks.harness.session import Bench, Measured, size_and_gpu, slug
+from benchmarks.harness.session import Bench, Group, Measured, Missing, measured_row
 
+test_ceiling = measured_row
 VARIANTS = ("mflow_kernels, reversible", "plain", "checkpointing")
 SECONDS_PER_VARIANT = 60  # time limit of a variant's process
 # Share of the free memory to use; fragmentation and libraries take the rest.
@@ -41,12 +42,19 @@ def ceilings(size: str, gpu: bool) -> list[Ceiling]:
     return made if gpu else []
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = [
-        pytest.param(c, variant, id=slug(*str(c.spec).split(), variant))
-        for c in ceilings(*size_and_gpu(metafunc.config)) for variant in c.variants
-    ] or [pytest.param(None, "", id="needs-a-GPU")]  # fmt: skip
-    metafunc.parametrize(("ceiling", "variant"), rows)
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    chosen = ceilings(size, gpu)
+    for ceiling in chosen:
+        for variant in ceiling.variants:
+            measured = partial(measure, ceiling=ceiling, variant=variant)
+            words = tuple(str(ceiling.spec).split())
+            yield Group(f"ceiling, {ceiling.spec}", words, [variant], measured)
+    if not chosen:
+        yield Group("ceilings", (), ["needs-a-GPU"], _needs_gpu)
+
+
+def _needs_gpu(bench: Bench) -> Measured:
+    raise Missing("memory ceilings need a CUDA device")
 
 
 def _step(model: Model, batch: int) -> tuple[int, float]:
@@ -119,14 +127,3 @@ def measure(bench: Bench, ceiling: Ceiling, variant: str) -> Measured:
     spec = ceiling.spec._replace(batch=batch)
     measured.extra[variant] = {"spec": str(spec), "peak_bytes": peak, "figures": figures}
     return measured
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_ceiling(
-    bench: Bench, benchmark: BenchmarkFixture, ceiling: Ceiling | None, variant: str
-) -> None:
-    if ceiling is None:
-        pytest.skip("memory ceilings need a CUDA device")
-    benchmark.group = f"ceiling, {ceiling.spec}"
-    bench.record(benchmark, ("ceiling", ceiling, variant), variant,
-                 lambda: measure(bench, ceiling, variant))  # fmt: skip

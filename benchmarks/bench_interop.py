@@ -5,23 +5,21 @@ The models are built as the documentation of their libraries does.
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import REPLAY, Call, peak_of_step
-from benchmarks.harness.models import Spec, assert_trains_alike, train
-from benchmarks.harness.processes import in_fresh_processes
-from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
+from benchmarks.harness import originals
+from benchmarks.harness.models import Spec
+from benchmarks.harness.originals import assert_trains_alike, loss_of
+from benchmarks.harness.session import Bench, Group, Measured, Missing, measured_row
 from mflow_kernels.interop import accelerate
 from mflow_kernels.interop.subclasses import is_accelerated
 
-ROUNDS = 7
-SECONDS_PER_PEAK = 120  # time limit of a process that measures peak memory
+test_interop = measured_row
 VARIANTS = ("original", "mflow_kernels, accelerated", "mflow_kernels, accelerated reversibly")
 
 
@@ -173,7 +171,7 @@ BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
 OF_NFLOWS = ("sbi", "glasflow")  # built of nflows' transforms, or of those of its fork
 
 
-def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
+def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return an initialized original with perturbed parameters, and images or vectors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -188,15 +186,7 @@ def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Te
             for p in model.parameters():
                 if p.requires_grad:
                     p.add_(0.02 * torch.randn(p.shape))
-    return model.to(device), x.to(device)
-
-
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the negative log-likelihood per image in nats, without its constant."""
-    if hasattr(model, "forward_kld"):  # a model of normflows includes the base distribution
-        return model.forward_kld(x)
-    z, logdet = model(x)
-    return (z.flatten(1).square().sum(1) / 2 - logdet).mean()
+    return model.to(device), (x.to(device),)
 
 
 def variant_of(original: nn.Module, variant: str) -> nn.Module:
@@ -206,51 +196,25 @@ def variant_of(original: nn.Module, variant: str) -> nn.Module:
     return model
 
 
-def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: str) -> None:
-    size = x[0].numel()  # terms of the logdet are of order one and may cancel over pixels
-    how = {"terms": max(spec.terms, spec.steps * size), "scale": size**0.5}
-    assert_trains_alike(loss_of, model, original, (x,), spec.terms, name, **how)
-
-
-def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
-    library, spec, variant, device_name, threads = job
-    torch.set_num_threads(threads)
-    original, x = build(library, spec, torch.device(device_name))
-    model = variant_of(original, variant)
-    return peak_of_step(model, partial(train, loss_of, model, x), x.device)
-
-
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
-    measured = Measured()
-    original, x = build(library, spec, bench.device)
+    def check(
+        model: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...], variant: str
+    ) -> None:
+        size = inputs[0][0].numel()  # terms of the logdet are of order one and may cancel
+        how = {"terms": max(spec.terms, spec.steps * size), "scale": size**0.5}
+        assert_trains_alike(model, original, inputs, spec.terms, f"{library}, {variant}", **how)
 
-    def make(variant: str) -> Callable[[], Call]:
-        model = variant_of(original, variant)
-        check(model, original, x, spec, f"{library}, {variant}")
+    def about(model: nn.Module, variant: str) -> dict[str, Any]:
         left = not any(map(is_accelerated, model.modules())) and variant != "original"
         described = f"{spec}, left as it is" if left else str(spec)
-        measured.extra[variant] = {**spec._asdict(), "spec": described, "library": library}
-        return lambda: partial(train, loss_of, model, x)
+        return {**spec._asdict(), "spec": described, "library": library}
 
-    made = measured.compare(bench, VARIANTS, make, ROUNDS)
-    if not bench.check_only:
-        jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in made]
-        measured.add_peaks(made, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
-    return measured
+    built = partial(build, library, spec)
+    return originals.measure(bench, VARIANTS, built, variant_of, check, about, workers=2)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = [
-        pytest.param(spec, library, variant, id=slug(library, *str(spec).split(), variant))
-        for library, spec in specs_of(*size_and_gpu(metafunc.config)) for variant in VARIANTS
-    ]  # fmt: skip
-    metafunc.parametrize(("spec", "library", "variant"), rows)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_interop(
-    bench: Bench, benchmark: BenchmarkFixture, spec: Spec, library: str, variant: str
-) -> None:
-    benchmark.group = f"{library}, {spec}"
-    key = "interop", library, spec
-    bench.record(benchmark, key, variant, lambda: measure(bench, library, spec))
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    for library, spec in specs_of(size, gpu):
+        measured = partial(measure, library=library, spec=spec)
+        words = (library, *str(spec).split())
+        yield Group(f"{library}, {spec}", words, VARIANTS, measured)

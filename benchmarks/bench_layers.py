@@ -3,13 +3,13 @@
 Constant networks take no time, so the time is that of the flow's own operators.
 """
 
-import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import INVERTIBLE, Spec, measure
-from benchmarks.harness.session import Bench, size_and_gpu, slug
+from benchmarks.harness.session import Group, measured_row
 
+test_layer = measured_row
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")
 
@@ -27,26 +27,11 @@ def specs(size: str, gpu: bool) -> list[Spec]:
     return made
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    size, gpu = size_and_gpu(metafunc.config)
-    rows = [
-        pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
-        for spec in specs(size, gpu)
-        for task in TASKS
-        for variant in variants(size)
-    ]
-    metafunc.parametrize(("spec", "task", "variant"), rows)
-
-
-def variants(size: str) -> list[str]:
-    return [name for name in INVERTIBLE if size == "full" or name != "plain, compiled"]
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_layer(
-    bench: Bench, benchmark: BenchmarkFixture, spec: Spec, task: str, variant: str
-) -> None:
-    benchmark.group = f"{task}, {spec}"
-    names = variants(bench.size)
-    bench.record(benchmark, ("layers", spec, task), variant,
-                 lambda: measure(bench, spec, task, names, ROUNDS, memory=False))  # fmt: skip
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    variants = [name for name in INVERTIBLE if size == "full" or name != "plain, compiled"]
+    for spec in specs(size, gpu):
+        for task in TASKS:
+            measured = partial(
+                measure, spec=spec, task=task, variants=variants, rounds=ROUNDS, memory=False
+            )
+            yield Group(f"{task}, {spec}", (*str(spec).split(), task), variants, measured)

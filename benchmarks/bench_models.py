@@ -4,13 +4,13 @@ The tasks are a training step, forward and sampling. A process of its own measur
 of a training step.
 """
 
-import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import Spec, measure, variants
-from benchmarks.harness.session import Bench, size_and_gpu, slug
+from benchmarks.harness.session import Group, measured_row
 
+test_model = measured_row
 ROUNDS = 5
 
 
@@ -55,23 +55,12 @@ def chosen(spec: Spec, task: str, size: str) -> list[str]:
     return [name for name in variants(task) if name not in left_out]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    size, gpu = size_and_gpu(metafunc.config)
-    rows = [
-        pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
-        for spec, tasks in specs(size, gpu)
-        for task in tasks
-        for variant in chosen(spec, task, size)
-    ]
-    metafunc.parametrize(("spec", "task", "variant"), rows)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_model(
-    bench: Bench, benchmark: BenchmarkFixture, spec: Spec, task: str, variant: str
-) -> None:
-    benchmark.group = f"{task}, {spec}"
-    names = chosen(spec, task, bench.size)
-    memory = task == "train"
-    bench.record(benchmark, ("models", spec, task), variant,
-                 lambda: measure(bench, spec, task, names, ROUNDS, memory=memory))  # fmt: skip
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    for spec, tasks in specs(size, gpu):
+        for task in tasks:
+            names = chosen(spec, task, size)
+            measured = partial(
+                measure, spec=spec, task=task, variants=names, rounds=ROUNDS,
+                memory=task == "train",
+            )  # fmt: skip
+            yield Group(f"{task}, {spec}", (*str(spec).split(), task), names, measured)

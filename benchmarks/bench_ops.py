@@ -5,19 +5,18 @@ three are first checked against float64.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from statistics import median_high
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.measurements import REPLAY, Call, launches, peak_bytes
+from benchmarks.harness.measurements import Call, launches, peak_bytes
 from benchmarks.harness.operators import Function, Operation, Shape, directions, operations
-from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
+from benchmarks.harness.session import Bench, Group, Measured, Missing, measured_row
 from benchmarks.harness.table import OPERATORS
 
+test_operator = measured_row
 ROUNDS = 7
 VARIANTS = ("mflow_kernels", "eager", "compiled")
 OPERATIONS = [(row.name, direction) for row in OPERATORS for direction in directions(row)]
@@ -39,14 +38,21 @@ def shapes(size: str, gpu: bool) -> list[Shape]:
     return [Shape(px, level, batches[px], last) for px, level, last in every]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    grid = shapes(*size_and_gpu(metafunc.config))
-    rows = [
-        pytest.param(shape, name, direction, variant, shape == grid[0],
-                     id=slug(shape.id, name, direction, variant))
-        for shape in grid for name, direction in OPERATIONS for variant in VARIANTS
-    ]  # fmt: skip
-    metafunc.parametrize(("shape", "name", "direction", "variant", "first"), rows)
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    grid = shapes(size, gpu)
+    for shape in grid:
+        for name, direction in OPERATIONS:
+            # Compiling takes seconds per operator, so a rehearsal compiles only one.
+            one = size != "tiny" or (name, direction) == ("actnorm", "forward")
+            compiles = size == "full" or (shape == grid[0] and one)
+
+            def measured(
+                bench: Bench, shape=shape, key=(name, direction), compiles=compiles
+            ) -> Measured:
+                return measure(bench, _table(shape, bench.device)[key], shape, compiles)
+
+            words = (shape.id, name, direction)
+            yield Group(f"{name} {direction}, {shape}", words, VARIANTS, measured)
 
 
 @cache
@@ -90,22 +96,3 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
             "launches": launches(prepare(), bench.device),
         }
     return measured
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_operator(
-    bench: Bench,
-    benchmark: BenchmarkFixture,
-    shape: Shape,
-    name: str,
-    direction: str,
-    variant: str,
-    first: bool,
-) -> None:
-    op = _table(shape, bench.device)[name, direction]
-    benchmark.group = f"{name} {direction}, {shape}"
-    # Compiling takes seconds per operator, so a rehearsal compiles only one.
-    one = bench.size != "tiny" or (name, direction) == ("actnorm", "forward")
-    compiles = bench.size == "full" or (first and one)
-    bench.record(benchmark, (shape, name, direction), variant,
-                 lambda: measure(bench, op, shape, compiles))  # fmt: skip

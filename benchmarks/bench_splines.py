@@ -9,22 +9,21 @@ faster.
 import copy
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import REPLAY, Call
-from benchmarks.harness.models import train
-from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
+from benchmarks.harness.measurements import Call
+from benchmarks.harness.originals import train
+from benchmarks.harness.session import Bench, Group, Measured, Missing, measured_row
 from mflow_kernels import SplineCoupling
 from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
+test_spline_flow = measured_row
 ROUNDS = 7
 COUPLINGS, BINS, BOUND = 6, 8, 3.0
 TASKS = ("train", "forward", "sample")
@@ -172,15 +171,9 @@ COMPILED = "nflows, compiled"
 NAMES = (*VARIANTS, ALONE)
 
 
-def loss_of(flow: nn.Module, x: Tensor) -> Tensor:
-    """Return the negative log-likelihood in nats, without its constant."""
-    z, logdet = flow(x)
-    return (z.square().sum(1) / 2 - logdet).mean()
-
-
 def task_of(task: str, flow: Any, x: Tensor) -> Call:
     if task == "train":
-        return partial(train, loss_of, flow, x)
+        return partial(train, flow, x)
     return torch.no_grad()(partial(flow if task == "forward" else flow.inverse, x))
 
 
@@ -220,8 +213,8 @@ def check(flow: Any, exact: Any, x: Tensor, name: str) -> None:
     assert_close(logdet, want_logdet, terms=terms * x.shape[1], name=f"{name}: logdet")
     with torch.no_grad():
         assert_close(flow.inverse(z), wide, terms=4 * terms, name=f"{name}: inverse")
-    train(loss_of, flow, x)
-    train(loss_of, exact, wide)
+    train(flow, x)
+    train(exact, wide)
     for (key, got), (_, grad) in zip(
         flow.named_parameters(), exact.named_parameters(), strict=True
     ):
@@ -256,7 +249,7 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
         except ImportError as error:
             raise Missing(f"{peer} is not installed ({error})") from None
         if variant == COMPILED:
-            train(loss_of, flow, x)
+            train(flow, x)
             about["compile_s"] = time.perf_counter() - began
         try:
             check(flow, exact, x, variant)
@@ -270,18 +263,8 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
     return measured
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    size, _ = size_and_gpu(metafunc.config)
-    rows = [
-        pytest.param(spec, task, variant, id=slug(str(spec), task, variant))
-        for spec in specs(size) for task in TASKS for variant in NAMES
-    ]  # fmt: skip
-    metafunc.parametrize(("spec", "task", "variant"), rows)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_spline_flow(
-    bench: Bench, benchmark: BenchmarkFixture, spec: Vectors, task: str, variant: str
-) -> None:
-    benchmark.group = f"spline flow, {task}, {spec}"
-    bench.record(benchmark, ("splines", spec, task), variant, lambda: measure(bench, spec, task))
+def groups(size: str, gpu: bool) -> Iterator[Group]:
+    for spec in specs(size):
+        for task in TASKS:
+            measured = partial(measure, spec=spec, task=task)
+            yield Group(f"spline flow, {task}, {spec}", (str(spec), task), NAMES, measured)

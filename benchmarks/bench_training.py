@@ -6,15 +6,15 @@ Every run must learn, and all must reach about the same loss.
 import math
 from statistics import median_high
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.harness.measurements import REPLAY, seconds
+from benchmarks.harness.measurements import seconds
 from benchmarks.harness.models import Spec, nll
-from benchmarks.harness.session import Bench, Measured, slug
+from benchmarks.harness.session import Bench, Group, Measured, measured_row
 from mflow_kernels import Glow
+
+test_training = measured_row
 
 VARIANTS = {  # precision of the networks, reversible
     "bf16, reversible": ("bfloat16", True),
@@ -30,8 +30,8 @@ def spec_of(size: str, gpu: bool) -> tuple[Spec, int]:
     return (Spec(3, 64, 4, 8, 256, 32), 100) if gpu else (Spec(3, 16, 2, 4, 32, 16), 60)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("variant", [pytest.param(name, id=slug(name)) for name in VARIANTS])
+def groups(size: str, gpu: bool) -> list[Group]:
+    return [Group("short training", (), [*VARIANTS], measure)]
 
 
 def scenes(spec: Spec, steps: int, device: torch.device) -> Tensor:
@@ -100,9 +100,3 @@ def measure(bench: Bench) -> Measured:
             "figures": figures,
         }
     return measured
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_training(bench: Bench, benchmark: BenchmarkFixture, variant: str) -> None:
-    benchmark.group = "short training"
-    bench.record(benchmark, ("training",), variant, lambda: measure(bench))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.harness.measurements import CLOCKS
-from benchmarks.harness.session import Bench, open_bench
+from benchmarks.harness.session import Bench, open_bench, size_and_gpu, slug
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +41,15 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     yield open_bench(request.config)
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rows = [
+        pytest.param(group, variant, id=slug(*group.words, variant))
+        for group in metafunc.module.groups(*size_and_gpu(metafunc.config))
+        for variant in group.variants
+    ]
+    metafunc.parametrize(("group", "variant"), rows)
 
 
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()

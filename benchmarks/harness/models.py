@@ -1,20 +1,18 @@
 """A Glow of one size in every package: build it, check it against the reference, and time it."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import Call, peak_of_step
+from benchmarks.harness.measurements import Call
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
 from benchmarks.harness.plain_glow import Latents, multiscale, with_torch_networks
-from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured
 from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow
@@ -24,7 +22,6 @@ INVERTIBLE = ("mflow_kernels, stored", "plain", "plain, channels_last", "plain, 
               "normflows", "nflows", "FrEIA")  # fmt: skip
 RECOMPUTING = ("mflow_kernels, reversible", "mflow_kernels, nothing stored", "checkpointing",
                "memcnn")  # fmt: skip
-SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
 
 
 class Spec(NamedTuple):
@@ -140,42 +137,6 @@ def assert_gradient_close(
     bound = tolerance(torch.bfloat16 if low else torch.float32, terms) ** 0.5
     if not error <= bound:
         raise AssertionError(f"{name}: d images: relative error {error:.1e} exceeds {bound:.1e}")
-
-
-Loss = Callable[..., Tensor]  # of a model on its inputs, a scalar
-
-
-def train(loss_of: Loss, model: nn.Module, *inputs: Tensor) -> None:
-    """Run forward and backward, without the optimizer step, which is the same for all."""
-    model.zero_grad()
-    loss_of(model, *inputs).backward()
-
-
-def assert_trains_alike(
-    loss_of: Loss,
-    model: nn.Module,
-    original: nn.Module,
-    inputs: Sequence[Tensor],
-    products: int,
-    name: str,
-    **how: Any,
-) -> None:
-    """Assert that the loss, and its gradient of the first input, equal those of the original in
-    float64.
-
-    Args:
-        products: number of products behind one element of the gradient.
-        how: options of `assert_close` for the loss.
-    """  # fmt: skip
-    x, wide = inputs[0].clone().requires_grad_(), inputs[0].double().requires_grad_()
-    loss = loss_of(model, x, *inputs[1:])
-    want = loss_of(copy.deepcopy(original).double(), wide, *(t.double() for t in inputs[1:]))
-    loss.backward()
-    want.backward()
-    assert_close(loss.detach(), want.detach(), name=f"{name}: loss", **how)
-    assert x.grad is not None
-    assert wide.grad is not None
-    assert_gradient_close(x.grad, wide.grad, products, name)
 
 
 class Model:
@@ -295,11 +256,9 @@ class Model:
         assert_close(got.detach(), want.detach(), terms=terms, scale=scale, name=name)
 
 
-def step_peak(job: tuple[Spec, str, str, int]) -> int:
-    spec, variant, device_name, threads = job
-    torch.set_num_threads(threads)
-    model = Model(spec, variant, torch.device(device_name))
-    return peak_of_step(model.module, model.train, model.device)
+def _step_of(spec: Spec, variant: str, device: torch.device) -> tuple[nn.Module, Call]:
+    model = Model(spec, variant, device)
+    return model.module, model.train
 
 
 def measure(
@@ -323,12 +282,9 @@ def measure(
         return lambda: call
 
     made = measured.compare(bench, variants, make, rounds)
-    if memory and not bench.check_only:
+    if memory:
         # The new process would compile a compiled model again, which takes minutes.
         full = bench.size == "full"
         chosen = [variant for variant in made if full or variant != "plain, compiled"]
-        jobs = [(spec, variant, str(bench.device), bench.threads) for variant in chosen]
-        # Peaks of allocators do not depend on load, so several processes can run at once.
-        peaks = in_fresh_processes(step_peak, jobs, 6 if on_gpu else 2, SECONDS_PER_PEAK)
-        measured.add_peaks(chosen, peaks)
+        measured.add_peaks(bench, chosen, _step_of, spec, workers=6 if on_gpu else 2)
     return measured

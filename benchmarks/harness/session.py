@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
 
 import mflow_kernels
-from benchmarks.harness.measurements import REPLAY, Call, copy_bandwidth, interleaved
+from benchmarks.harness.measurements import REPLAY, Call, copy_bandwidth, interleaved, peak_of_step
 from benchmarks.harness.output import commit
-from benchmarks.harness.processes import Died
+from benchmarks.harness.processes import Died, in_fresh_processes
 from benchmarks.harness.saved_runs import format_time
+
+SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
 
 
 class Missing(Exception):
@@ -84,13 +87,36 @@ class Measured:
         traceback.clear_frames(error.__traceback__)  # the frames hold models
         self.faults[variant] = error
 
-    def add_peaks(self, variants: Iterable[str], peaks: Sequence[int | Died]) -> None:
-        """Record the peak memory of each variant, measured in a process of its own."""
+    def add_peaks(
+        self,
+        bench: "Bench",
+        variants: Sequence[str],
+        step_of: Callable[..., tuple[nn.Module, Call]],
+        *given: object,
+        workers: int,
+    ) -> None:
+        """Measure the peak memory of a training step of each variant, in a process of its own.
+
+        Args:
+            step_of: called as step_of(*given, variant, device). Returns a model and its step.
+            workers: processes at once. Peaks of allocators do not depend on load.
+        """
+        if bench.check_only:
+            return
+        jobs = [(step_of, (*given, variant, bench.device), bench.threads) for variant in variants]
+        peaks = in_fresh_processes(_step_peak, jobs, workers, SECONDS_PER_PEAK)
         for variant, peak in zip(variants, peaks, strict=True):
             if isinstance(peak, Died):
                 self.fault(variant, RuntimeError(f"peak memory of {variant}: {peak}"))
             else:
                 self.extra[variant]["peak_bytes"] = peak
+
+
+def _step_peak(job: tuple[Callable[..., tuple[nn.Module, Call]], tuple[Any, ...], int]) -> int:
+    step_of, given, threads = job
+    torch.set_num_threads(threads)
+    model, step = step_of(*given)
+    return peak_of_step(model, step, given[-1])
 
 
 @dataclass
@@ -110,35 +136,27 @@ class Bench:
     check_only: bool = False
     say: Callable[[str], None] = field(default=lambda line: None)
     started: float = field(default_factory=time.monotonic)
-    last: tuple[object, Measured | Exception] | None = None
+    last: "tuple[Group, Measured | Exception] | None" = None
 
     def rounds(self, default: int) -> int:
         return self.chosen_rounds or (2 if self.size == "tiny" else default)
 
-    def record(
-        self,
-        benchmark: BenchmarkFixture,
-        key: tuple[object, ...],
-        variant: str,
-        measure: Callable[[], Measured],
-    ) -> None:
-        """Pass one variant of the group `key` to pytest-benchmark.
-
-        The first variant of a group calls `measure`, which measures all of them.
-        """
-        if self.last is None or self.last[0] != key:
+    def record(self, benchmark: BenchmarkFixture, group: "Group", variant: str) -> None:
+        """Pass one variant of a group to pytest-benchmark. The first one measures all of them."""
+        benchmark.group = group.name
+        if self.last is None or self.last[0] is not group:
             self.last = None
             if time.monotonic() - self.started > self.time_limit:
                 pytest.skip(f"the time limit of {self.time_limit:g} s was reached")
-            self.say(f"\n{benchmark.group}")
+            self.say(f"\n{group.name}")
             try:
-                found = measure()
-                self.last = key, found
+                found = group.measure(self)
+                self.last = group, found
                 for line in lines(found, self.check_only):
                     self.say(line)
             except Exception as error:  # every variant reports it; none measures again
                 traceback.clear_frames(error.__traceback__)
-                self.last = key, error
+                self.last = group, error
                 self.say(f"  not measured: {error}")
         measured = self.last[1]
         fault = measured if isinstance(measured, Exception) else measured.faults.get(variant)
@@ -154,6 +172,28 @@ class Bench:
         benchmark.extra_info.update(
             {**self.environment, "variant": variant, **measured.extra.get(variant, {})}
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Variants that are measured together.
+
+    Attributes:
+        name: of the group in the results.
+        words: of the id of each row, before the variant.
+        measure: measures the variants, or raises the reason why it cannot.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    variants: Sequence[str]
+    measure: Callable[[Bench], Measured]
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def measured_row(bench: Bench, benchmark: BenchmarkFixture, group: Group, variant: str) -> None:
+    """The test of each bench file, which takes its rows from the file's `groups(size, gpu)`."""
+    bench.record(benchmark, group, variant)
 
 
 def lines(measured: Measured, check_only: bool = False) -> Iterator[str]:

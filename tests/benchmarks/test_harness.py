@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_ops import OPERATIONS, measure
+from benchmarks.harness import session
 from benchmarks.harness.measurements import interleaved, peak_bytes
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.operators import Function, Shape, operations
@@ -95,14 +96,16 @@ def test_a_wrong_model_fails_its_check() -> None:
         model.check("train")
 
 
-def test_errors_skip_peers_and_fail_this_package() -> None:
+def test_errors_skip_peers_and_fail_this_package(monkeypatch) -> None:
     """A missing peak memory counts as an error."""
     measured = Measured(extra={"plain": {}})
     for name in ("mflow_kernels, stored", "memcnn"):
         measured.fault(name, RuntimeError("no such operator"))
     measured.fault("nflows", AssertionError("off"))
     died = Died("the process died")
-    measured.add_peaks(["mflow_kernels, reversible", "FrEIA", "plain"], [died, died, 8])
+    monkeypatch.setattr(session, "in_fresh_processes", lambda *_: [died, died, 8])
+    names = ["mflow_kernels, reversible", "FrEIA", "plain"]
+    measured.add_peaks(bench(), names, Model, workers=1)
     assert {name: type(fault) for name, fault in measured.faults.items()} == {
         **{"mflow_kernels, stored": RuntimeError, "memcnn": Missing, "nflows": AssertionError},
         **{"mflow_kernels, reversible": RuntimeError, "FrEIA": Missing},
