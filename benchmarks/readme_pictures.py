@@ -49,6 +49,7 @@ LABELS = {  # the variants that are drawn, and their names in the picture
     "checkpointing": "gradient checkpointing",
     "FrEIA": "FrEIA",
     "normflows": "normflows",
+    "plain, channels_last": "plain, channels_last",
     "plain": "plain PyTorch",
     "nflows": "nflows",
 }

@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.inputs import Draw
 from benchmarks.harness.table import OPERATORS, Operator
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
+from mflow_kernels.ops.coupling import coupling_eager
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_eager
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
@@ -241,25 +244,47 @@ def assert_matches(
 ) -> None:
     """Assert that an operator's values and gradients agree with its float64 reference, and that its
     results have the right layout and dtype."""
-    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    exact = {
+        k: v.detach().double().requires_grad_() if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
     actual = op.call(*inputs.values(), **options(op, scale))
     expected = op.expected(*exact.values(), **options(op, scale))
     x = inputs["x"]
     terms = op.terms(x.shape[0], x.shape[1], pixels(x))
-    assert actual[0].dtype == x.dtype
-    assert actual[0].stride() == torch.empty_like(dense_pixels(x)).stride()
-    assert_close(actual[0], expected[0], terms=terms["y"], name="y")
-    if len(actual) > 1:
-        # The terms are of order one, and their sum may cancel to less.
-        assert_close(actual[1], expected[1], terms=terms["logdet"], scale=1.0, name="logdet")
-        assert actual[1].dtype == accumulator(x.dtype)
+    for name, got, want in zip(op.results, actual, expected, strict=True):
+        if name == "y":
+            assert got.dtype == x.dtype
+            assert got.stride() == torch.empty_like(dense_pixels(x)).stride()
+            assert_close(got, want, terms=terms[name], name=name)
+        else:
+            # The terms are of order one, and their sum may cancel to less.
+            assert got.dtype == accumulator(x.dtype)
+            assert_close(got, want, terms=terms[name], scale=1.0, name=name)
 
     # Round the cotangents to the dtype of the outputs, so both sides see the same numbers.
     cotangents = [torch.randn_like(y, dtype=torch.float64).to(y.dtype) for y in actual]
-    grads = torch.autograd.grad(actual, list(inputs.values()), cotangents)
-    exact_grads = torch.autograd.grad(
-        expected, list(exact.values()), [g.double() for g in cotangents]
-    )
-    for name, got, want in zip(inputs, grads, exact_grads, strict=True):
+    grads = torch.autograd.grad(actual, learned(inputs), cotangents)
+    wants = torch.autograd.grad(expected, learned(exact), [g.double() for g in cotangents])
+    names = [name for name, t in inputs.items() if t.requires_grad]
+    for name, got, want in zip(names, grads, wants, strict=True):
         assert got.dtype == inputs[name].dtype
         assert_close(got, want, terms=terms[name], name=f"d {name}")
+
+
+def eager_form(op: Operator, net_dtype: torch.dtype | None) -> Callable[..., tuple[Tensor, ...]]:
+    """A product or coupling as layers call it, past the dispatcher. It returns the results of the
+    operator, and those of a product are followed by the input of the next network."""
+    products = {"conv1x1": conv1x1_eager, "coupling_conv1x1": coupling_conv1x1_eager}
+
+    def call(x: Tensor, *others: Tensor, scale: ScaleFunction | None = None) -> tuple[Tensor, ...]:
+        states = [dense_pixels(t) for t in (x, *others[: "params" in op.inputs])]
+        how = (*scale.args, op.inverse) if scale else ()
+        if op.name not in products:
+            y, ledger = coupling_eager(*states, *how)
+            return y, ledger.sum(1)
+        weights = spread(*others[-2:], x)
+        y, net, *ledger = products[op.name](*states, *weights, "tf32x3", net_dtype, *how)
+        return y, *(entries.sum(1) for entries in ledger), net
+
+    return call

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mflow_kernels import AffineCoupling, InvertibleConv1x1
+from mflow_kernels import ActNorm, AffineCoupling, InvertibleConv1x1
 from mflow_kernels.testing import EPS, SAFETY, assert_close, check_bijection, tolerance
 
 
@@ -54,7 +54,7 @@ REFUSED = [
         for s in (math.inf, math.nan)
     ),
     *(
-        (lambda s=s: check_bijection(Scale(), s), ValueError, r"shape: expected \(N, C, ")
+        (lambda s=s: check_bijection(ActNorm(3), s), ValueError, r"shape: expected \(N, C, ")
         for s in ((1, 3), (2,), (2, 3, 0))
     ),
 ]
@@ -64,23 +64,6 @@ REFUSED = [
 def test_what_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-class Scale(nn.Module):
-    """y = exp(a) x for each channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.zeros(3))
-
-    def _s(self, x):
-        return self.a.exp().view(-1, *(1,) * (x.dim() - 2))
-
-    def forward(self, x):
-        return x * self._s(x), (self.a.sum() * x[0, 0].numel()).expand(x.shape[0])
-
-    def inverse(self, z):
-        return z / self._s(z), -(self.a.sum() * z[0, 0].numel()).expand(z.shape[0])
 
 
 class Squares(nn.Module):
@@ -107,6 +90,10 @@ class Wrong(nn.Module):
         return self.change_inverse(*self.layer.inverse(z))
 
 
+def scale():
+    return ActNorm(3)
+
+
 def coupling():
     return AffineCoupling(3, width=4)
 
@@ -126,8 +113,8 @@ def single_pixel(result, logdet):
 JACOBIAN = "logdet against autograd's Jacobian: .*"
 # A layer, the mistakes in its forward and inverse, and the message that names them.
 PLANTED = {
-    "NoPixels": (Scale, single_pixel, right, JACOBIAN + "it is that of a single pixel, of 4"),
-    "WrongSign": (Scale, wrong_sign, right, JACOBIAN + "the sign is wrong"),
+    "NoPixels": (scale, single_pixel, right, JACOBIAN + "it is that of a single pixel, of 4"),
+    "WrongSign": (scale, wrong_sign, right, JACOBIAN + "the sign is wrong"),
     "OverTheBatch": (
         *(coupling, lambda z, logdet: (z, logdet.mean().expand(len(z))), right),
         JACOBIAN + "the same for all samples",
@@ -142,19 +129,19 @@ PLANTED = {
         r"inverse\(forward\(x\)\): ",
     ),
     "Singular": (  # the last channel is lost
-        *(Scale, lambda z, logdet: (torch.cat([z[:, :2], z[:, 1:2]], 1), logdet), right),
+        *(scale, lambda z, logdet: (torch.cat([z[:, :2], z[:, 1:2]], 1), logdet), right),
         "not invertible, its Jacobian has condition",
     ),
     "Shrinks": (
-        *(Scale, lambda z, logdet: (z[:, :2], logdet), right),
+        *(scale, lambda z, logdet: (z[:, :2], logdet), right),
         "z: expected 12 elements per sample as in x, got 8",
     ),
     "MixesSamples": (
-        *(Scale, lambda z, logdet: (z + 1e-3 * z.mean(0), logdet), right),
+        *(scale, lambda z, logdet: (z + 1e-3 * z.mean(0), logdet), right),
         "a sample's z depends on another sample",
     ),
     "Draws": (
-        *(Scale, lambda z, logdet: (z + 1e-6 * torch.rand(()), logdet), right),
+        *(scale, lambda z, logdet: (z + 1e-6 * torch.rand(()), logdet), right),
         "two calls on one input differ",
     ),
     "Squares": (Squares, right, right, r"inverse\(forward\(x\)\): "),
@@ -163,7 +150,7 @@ PLANTED = {
         "logdet: expected the input's dtype float64, got float32",
     ),
     "Widens": (  # a float64 constant widens float32 results
-        *(Scale, lambda z, logdet: (z * torch.ones(3, 2, 2).double(), logdet), right),
+        *(scale, lambda z, logdet: (z * torch.ones(3, 2, 2).double(), logdet), right),
         "z: expected the input's dtype float32, got float64",
     ),
 }

@@ -11,19 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, Split
-from mflow_kernels.layers.networks import CouplingNetwork, PointwiseConv2d
+from mflow_kernels.layers.networks import CouplingNetwork
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.scale import log_scale_ref
 
 Latents = tuple[Tensor, ...]
 
 
-def with_torch_convolutions(model: nn.Module) -> None:
-    """Replace this package's convolutions in the networks of a model by torch's."""
+def with_torch_networks(model: nn.Module) -> None:
+    """Run the networks of a model by torch's layers alone."""
     for module in model.modules():
-        if type(module) is PointwiseConv2d:
-            module.__class__ = nn.Conv2d
-        elif type(module) is CouplingNetwork:
+        if type(module) is CouplingNetwork:
             module.__class__ = nn.Sequential
 
 

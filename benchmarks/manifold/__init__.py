@@ -1,1 +1,1 @@
-"""Manifold flows where the truth is known: points of known density, and small images."""
+"""Manifold flows on small images, compared with other methods."""

@@ -1,10 +1,10 @@
-"""Compare manifold flows with other methods, and measure how well they recover known manifolds.
+"""Compare manifold flows with other methods on small real images.
 
 The parts are digits and patches (small real images), longer trainings of some methods on digits,
-uses of the trained models (noise removed, hidden pixels filled in), and points (curves and surfaces
-of known density). Each run is a JSON file in the output folder, and a run whose file exists is not
-repeated. Each part writes tables (Markdown) and pictures (PNG). All parts take about eight hours of
-CPU time in one process, and with `--quick` about five minutes.
+and uses of the trained models (noise removed, hidden pixels filled in). Each run is a JSON file in
+the output folder, and a run whose file exists is not repeated. Each part writes tables (Markdown)
+and pictures (PNG). All parts take about eight hours of CPU time in one process, and with `--quick`
+about five minutes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.output import command_parser, save_text
-from benchmarks.manifold import images, points, uses
+from benchmarks.manifold import images, uses
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Store, fill_in
 
@@ -27,7 +27,6 @@ PARTS: dict[str, tuple[Run, Report]] = {
     "longer": (images.run_longer, lambda store: {}),
     "uses": (uses.run, uses.report),
     "patches": (partial(images.run, "patches"), partial(images.report, "patches")),
-    "points": (points.run, points.report),
 }
 
 

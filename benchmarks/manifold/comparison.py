@@ -12,7 +12,6 @@ comparison that was stopped continues where it was.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,11 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.manifold import training
-from benchmarks.manifold.methods import RECIPES, Networks
+from benchmarks.manifold import figures, training
+from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, Store
+from benchmarks.manifold.sets import SETS
 from benchmarks.manifold.training import Method
+from mflow_kernels.data.batches import BatchStream
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.splits import ImageSet
 
+BATCH = 64
 NOISE = 0.1  # of a score, which is of few validation images; high rates fail on some seeds
 COST_ROUNDS = 3  # rounds of timing; the smallest cost counts, as other processes only add time
 
@@ -37,11 +41,12 @@ class Settings(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison(ABC):
-    """A set of data on which methods are compared.
+class Comparison:
+    """A set of images on which methods are compared.
 
     Attributes:
         name: name of the comparison, in file names.
+        set: name of the images.
         seconds: CPU seconds of a training.
         rates: learning rates of the sweep, a geometric sequence that rises.
         weights: weights of the sweep, of the same kind. The middle one is used while rates are
@@ -51,30 +56,11 @@ class Comparison(ABC):
     """
 
     name: str
+    set: str
     seconds: float
     rates: tuple[float, ...]
     weights: tuple[float, ...]
     extensions: int
-
-    @abstractmethod
-    def networks(self) -> Networks:
-        """Return the networks of the comparison."""
-
-    @abstractmethod
-    def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield batches of training data without end."""
-
-    @abstractmethod
-    def validate(self, method: Method) -> dict[str, float | None]:
-        """Return figures on validation data, among them "score", the distance of samples."""
-
-    def rank(self, method: str, validation: Row) -> float | None:
-        """Return the value that the sweep minimizes: the score."""
-        return validation["score"]
-
-    @abstractmethod
-    def measure(self, method: Method) -> dict[str, Any]:
-        """Return the figures of a trained method on test data."""
 
     def choose(
         self, store: Store, found: Sequence[str], start: Mapping[str, Settings] | None = None
@@ -141,15 +127,19 @@ class Comparison(ABC):
             return {"failed": str(error)}
         row: dict[str, Any] = {"seconds": seconds, "parameters": method.parameters()}
         if seed == 0:
-            row["validation"] = self.validate(method)
-        return row | self.measure(method)
+            row["validation"] = figures.validate(self.set, method)
+        return row | figures.measure(self.set, method)
 
     def _start(self, name: str, settings: Settings, seed: int) -> tuple[Method, Iterator[Tensor]]:
         """Build a method with new networks, and its data."""
         torch.manual_seed(seed)  # for the weights
         generator = torch.Generator().manual_seed(seed)
-        method = RECIPES[name].build(self.networks(), settings.weight, generator)
-        return method, self.batches(seed, torch.Generator().manual_seed(seed + 1))
+        train = SETS[self.set]().train.images
+        data = dequantize(train, 8, torch.Generator().manual_seed(0))
+        method = RECIPES[name].build(data, settings.weight, generator)
+        noise = torch.Generator().manual_seed(seed + 1)
+        stream = BatchStream(ImageSet(train), BATCH, seed)
+        return method, (dequantize(batch, 8, noise) for batch in stream)
 
     def _sweep(self, store: Store, name: str, start: Settings | None) -> Settings:
         """Search the best rate and then, at this rate, the best weight."""
@@ -195,7 +185,10 @@ class Comparison(ABC):
         return list(rows.values())
 
     def _order(self, row: Row) -> float:
-        rank = None if "failed" in row else self.rank(row["method"], row["validation"])
+        """Return what the sweep minimizes: the score, or the bits per dimension of methods that
+        maximize only the likelihood. Plain likelihood is the reference for these."""
+        key = "bits" if RECIPES[row["method"]].by_likelihood else "score"
+        rank = None if "failed" in row else row["validation"][key]
         return math.inf if rank is None or not math.isfinite(rank) else rank
 
     def _measure_costs(self, store: Store, found: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, LowRankMultivariateNormal, MultivariateNormal
 
 from benchmarks.harness.output import markdown_table
-from benchmarks.manifold.images import DIM
+from benchmarks.manifold.networks import DIM
 from benchmarks.manifold.sets import SETS
 from mflow_kernels import bits_per_dimension
 from mflow_kernels.data.dequantization import dequantize

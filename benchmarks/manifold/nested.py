@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.images import project
+from benchmarks.manifold.figures import project
 from benchmarks.manifold.output import Row, Store, fill_in, markdown, run_key
 from benchmarks.manifold.principal_components import PrincipalComponents
 from mflow_kernels import ManifoldFlow, manifold_mask_from_data

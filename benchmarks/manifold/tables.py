@@ -10,17 +10,12 @@ from benchmarks.harness.output import markdown_table
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row
 
-DIFFERENCES = "differences on the same seed, with 95% confidence intervals of their means"
 
-
-def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
+def sweep(rows: Sequence[Row]) -> str:
     """Return one line per method: the result of each setting, best first.
 
     Args:
-        rows: runs of a comparison, of which those with seed 0 are the sweep.
-        score: name of the score.
-        by_bits: whether bits per dimension replace the score for methods that maximize only the
-            likelihood.
+        rows: runs of a comparison. Those with seed 0 are the sweep.
     """
     lines = []
     for method, recipe in RECIPES.items():
@@ -31,15 +26,14 @@ def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
         ]
         if not found:
             continue
-        likelihood = by_bits and recipe.by_likelihood
-        key = "bits" if likelihood else "score"
+        key = "bits" if recipe.by_likelihood else "score"
         found.sort(key=lambda row, key=key: math.inf if row.get(key) is None else row[key])
         cells = []
         for row in found:
             weight = f", {row['weight']:g}" if recipe.weighted else ""
             value = "not finite" if row.get(key) is None else f"{row[key]:.3g}"
             cells.append(f"{value} at ({row['rate']:g}{weight})")
-        by = "bits per dimension" if likelihood else score
+        by = "bits per dimension" if recipe.by_likelihood else "Frechet distance"
         lines.append([method, by, "; ".join(cells)])
     head = ("method", "chosen by", "result at (learning rate, weight)")
     return markdown_table(head, lines, texts=3) + "\n"

@@ -101,6 +101,7 @@ TILE_COLUMNS = {
         "h2": "BLOCK_D",
         "row_sums": "BLOCK_J",
     },
+    "_hopper_dh2_kernel": {"dparams": "BLOCK_R", "h2": "BLOCK_D", "dh2": "BLOCK_D"},
     "_hopper_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_R"},
 }
 

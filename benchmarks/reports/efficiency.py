@@ -22,7 +22,8 @@ The last table adds up the network launches of a reversible training step. The p
 d W2 of wide networks is cuBLAS's, and is left out.
 
 With --check FILE the exit code is 1 if a launch spills, has a larger bound than FILE records, or
-issues more products; --record FILE writes such a file.
+issues more products; --record FILE writes such a file, and keeps what it has of other launches.
+Launches in Gluon have names of their own, so one file serves all versions of Triton.
 """
 
 import json
@@ -139,9 +140,10 @@ def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
 
 def launch_name(launch: aot.Launch) -> str:
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-    name = name.removeprefix("hopper_")
-    if launch.bound.get("h1") is not None and name == "network":
-        return "network, kept"
+    if name.startswith("hopper_"):
+        name = f"{name.removeprefix('hopper_')} in Gluon"
+    if launch.bound.get("h1") is not None and name.startswith("network"):
+        return f"{name}, kept"
     if name == "sum_taps":
         return "sum of x's taps" if launch.bound["bias"] is None else "sum of rows"
     return name
@@ -156,9 +158,10 @@ def multiplications(launch: aot.Launch) -> int:
     first, last = (
         width * int(given.get("TAPS", 9)) * int(given.get(name, 0)) for name in ("C_IN", "C_OUT")
     )
-    if launch.kernel.__name__ in ("_network_kernel", "_hopper_network_kernel"):
+    name = launch.kernel.__name__.replace("_hopper", "")
+    if name == "_network_kernel":
         products = first + width**2 + last
-    elif launch.kernel.__name__ == "_dh2_kernel":
+    elif name == "_dh2_kernel":
         products = 2 * last
     else:
         products = 2 * first + width**2 * (1 if given["dw2"] is None else 2)
@@ -327,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             save_json(options.json, [asdict(made) for made in rows])
         if options.record:
-            save_json(options.record, record(rows))
+            before = json.loads(options.record.read_text()) if options.record.exists() else {}
+            save_json(options.record, before | record(rows))
         worse = check(rows, json.loads(options.check.read_text())) if options.check else []
         print("\n".join(worse), end="\n" if worse else "")
         failed |= bool(worse)

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
@@ -35,7 +34,6 @@ from benchmarks.harness.output import command_parser, markdown_table, save_json,
 from benchmarks.harness.session import Missing
 from benchmarks.reports import step_counts
 from benchmarks.reports.step_counts import PARTS
-from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
@@ -69,9 +67,6 @@ class Row:
 def count(spec: Spec, variant: str, task: str) -> Row:
     """Count one task. Raises `Missing` if the variant's package is not installed."""
     model = Model(spec, variant, torch.device("cpu"))
-    for module in model.module.modules():
-        if type(module) is PointwiseConv2d:
-            module.__class__ = nn.Conv2d  # a GPU runs torch's convolution
     # Sampling starts from latents of the model. Making them is not part of the task.
     made: list[Call] = []
     step_counts.count(lambda: made.append(model.task(task)), model.module, model.x)

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "state_view.h"
@@ -69,82 +70,110 @@ private:
     void* data_ = nullptr;
 };
 
-// A state (N, C, *spatial) with one stride for all its pixels. Other layouts are read from a copy.
-class State {
+// One value for each sample: a log-determinant or its gradient, (N,) or (N, 1).
+inline SampleValues sample_values(const Tensor& t, int64_t samples) {
+    const bool column = t.axes() == 2 && t.length(1) == 1;
+    if (!(t.axes() == 1 || column) || t.length(0) != samples) fail("expected one value a sample");
+    return {t.data(), t.stride(0)};
+}
+
+// The tensors of a call on states, which all have one dtype. They live as long as this object.
+class Arguments {
 public:
-    State(py::object tensor, const py::object& dtype, Use use)
-        : tensor_(std::move(tensor), dtype, use) {
-        if (tensor_.axes() < 2) fail("expected (N, C, *spatial)");
-        if (find_strides()) return;
-        if (use == Use::write) fail("expected results with one stride for all pixels");
-        tensor_.make_contiguous();
-        if (!find_strides()) fail("expected a contiguous copy");
+    explicit Arguments(const py::object& state) : dtype_(state.attr("dtype")) {
+        const int size = py::cast<int>(dtype_.attr("itemsize"));
+        if (size != 4 && size != 8) fail("expected states of float32 or float64");
+        is_double = size == 8;
     }
 
-    const Shape& shape() const { return shape_; }
-    const StateView& view() const { return view_; }
+    bool is_double;
+
+    // A state (N, C, *spatial) with one stride for all its pixels. Other layouts are read from a copy.
+    StateView state(const py::object& tensor, Use use, Shape& shape) {
+        Tensor& t = keep(tensor, use);
+        if (t.axes() < 2) fail("expected (N, C, *spatial)");
+        StateView view;
+        if (find_strides(t, shape, view)) return view;
+        if (use == Use::write) fail("expected results with one stride for all pixels");
+        t.make_contiguous();
+        if (!find_strides(t, shape, view)) fail("expected a contiguous copy");
+        return view;
+    }
+
+    // A state that must have this shape, but for its channels.
+    StateView state_like(const py::object& tensor, Use use, const Shape& shape, int64_t channels) {
+        Shape own;
+        const StateView view = state(tensor, use, own);
+        if (own.samples != shape.samples || own.channels != channels || own.pixels != shape.pixels) {
+            fail("expected states of one shape, and halves and params of it");
+        }
+        return view;
+    }
+    StateView state_like(const py::object& tensor, Use use, const Shape& shape) {
+        return state_like(tensor, use, shape, shape.channels);
+    }
+    // The same, or absent if the tensor is None.
+    StateView optional(const py::object& tensor, Use use, const Shape& shape, int64_t channels) {
+        return tensor.is_none() ? StateView() : state_like(tensor, use, shape, channels);
+    }
+
+    SampleValues samples(const py::object& tensor, Use use, int64_t count) {
+        return sample_values(keep(tensor, use), count);
+    }
+
+    // The last two axes of weights (..., C, C), or with one axis the last of biases (..., C).
+    Matrix matrix(const py::object& tensor, int64_t channels, size_t count = 2) {
+        if (tensor.is_none()) return {};
+        if (!py::object(tensor.attr("dtype")).is(dtype_)) fail("expected weights of the state's dtype");
+        const Tensor& t = keep(tensor, Use::read);
+        if (t.axes() < count) fail("expected (..., C, C) and (..., C)");
+        const size_t first = t.axes() - count;
+        for (size_t i = first; i < t.axes(); ++i) {
+            if (t.length(i) != channels) fail("expected weights of the state's channels");
+        }
+        return {t.data(), t.stride(first), count == 2 ? t.stride(first + 1) : 0};
+    }
+
+    // One dense partial sum: (1, C, C) with two axes, or (1, C) with one.
+    void* sum(const py::object& tensor, int64_t channels, size_t count) {
+        const Tensor& t = keep(tensor, Use::write);
+        bool fits = t.axes() == count + 1;
+        for (size_t axis = t.axes(); fits && axis-- > 1;) {
+            fits = t.length(axis) == channels && t.stride(axis) == (axis == count ? 1 : channels);
+        }
+        if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
+        return t.data();
+    }
+
+    // The same state, beginning with a later channel.
+    StateView from_channel(StateView view, int64_t channel) const {
+        view.data = static_cast<char*>(view.data) + channel * view.channel * (is_double ? 8 : 4);
+        return view;
+    }
 
 private:
+    Tensor& keep(const py::object& tensor, Use use) { return tensors_.emplace_back(tensor, dtype_, use); }
+
     // False if the pixels have no common stride.
-    bool find_strides() {
+    static bool find_strides(const Tensor& t, Shape& shape, StateView& view) {
         int64_t pixels = 1, step = 1;
         bool one_stride = true;
-        for (size_t axis = tensor_.axes(); axis-- > 2;) {
-            const int64_t length = tensor_.length(axis);
+        for (size_t axis = t.axes(); axis-- > 2;) {
+            const int64_t length = t.length(axis);
             if (length == 1) continue;
-            if (pixels == 1) step = tensor_.stride(axis);
-            one_stride = one_stride && tensor_.stride(axis) == step * pixels;
+            if (pixels == 1) step = t.stride(axis);
+            one_stride = one_stride && t.stride(axis) == step * pixels;
             pixels *= length;
         }
-        shape_ = {tensor_.length(0), tensor_.length(1), pixels};
+        shape = {t.length(0), t.length(1), pixels};
         // The strides of an empty tensor do not matter, and a contiguous copy would keep them.
-        if (!one_stride && shape_.size() > 0) return false;
-        view_ = {tensor_.data(), tensor_.stride(0), tensor_.stride(1), step};
+        if (!one_stride && shape.size() > 0) return false;
+        view = {t.data(), t.stride(0), t.stride(1), step};
         return true;
     }
 
-    Tensor tensor_;
-    Shape shape_;
-    StateView view_;
+    py::object dtype_;
+    std::vector<Tensor> tensors_;
 };
-
-// One value for each sample: a log-determinant or its gradient, (N,) or (N, 1).
-class SampleValues {
-public:
-    SampleValues(py::object tensor, const py::object& dtype, Use use, int64_t samples)
-        : tensor_(std::move(tensor), dtype, use) {
-        const bool column = tensor_.axes() == 2 && tensor_.length(1) == 1;
-        if (!(tensor_.axes() == 1 || column) || tensor_.length(0) != samples) {
-            fail("expected one value a sample");
-        }
-    }
-    void* data() const { return tensor_.data(); }
-    int64_t stride() const { return tensor_.stride(0); }
-
-private:
-    Tensor tensor_;
-};
-
-inline bool computes_in_double(const py::object& dtype) {
-    const int size = py::cast<int>(dtype.attr("itemsize"));
-    if (size != 4 && size != 8) fail("expected states of float32 or float64");
-    return size == 8;
-}
-
-// The same state, beginning with a later channel.
-inline StateView from_channel(StateView view, int64_t channel, bool is_double) {
-    view.data = static_cast<char*>(view.data) + channel * view.channel * (is_double ? 8 : 4);
-    return view;
-}
-
-inline void expect_shape(const State& state, const Shape& shape, int64_t channels) {
-    const Shape& own = state.shape();
-    if (own.samples != shape.samples || own.channels != channels || own.pixels != shape.pixels) {
-        fail("expected states of one shape, and halves of it");
-    }
-}
-inline void expect_like(const State& state, const State& other) {
-    expect_shape(other, state.shape(), state.shape().channels);
-}
 
 }  // namespace mflow

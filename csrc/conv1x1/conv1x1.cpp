@@ -7,7 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "../common/loops.h"
 #include "panels.h"
 
 namespace mflow {
@@ -48,7 +47,7 @@ struct Conv1x1Loop {
 
     MFLOW_INLINE void couple(const Tile& t, int64_t index, const Coupling& c, Panels<A>& b) {
         const int second = grid.channels - grid.first, size = second * grid.pixels(t);
-        Buffers<A>& h = b.half;
+        CouplingBuffers<A>& h = b.half;
         grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, h.x));
         grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, h.raw));
         grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, h.shift));
@@ -62,17 +61,6 @@ struct Conv1x1Loop {
             for (int r = 0; r < grid.pixels(t); ++r) {
                 sums[grid.first_pixel(t) + r] = sign * sum(second, h.log_s + r * second);
             }
-        }
-    }
-
-    // Adds in the order of the tiles, so the bits do not depend on the number of threads.
-    void write_ledger() const {
-        A* ledger = static_cast<A*>(p.coupling->ledger);
-        const int64_t of_each = grid.vectors ? 1 : grid.tiling.tiles_per_sample();
-        for (int64_t n = 0; n < p.shape.samples; ++n) {
-            double total = 0;
-            for (int64_t i = 0; i < of_each; ++i) total += sums[n * of_each + i];
-            ledger[n] = static_cast<A>(total);
         }
     }
 };
@@ -147,20 +135,18 @@ struct Conv1x1BackwardLoop {
 
     MFLOW_INLINE void coupling_backward(const Tile& t, const Coupling& c, Panels<A>& b) {
         const int first = grid.first, second = grid.channels - first, size = second * grid.pixels(t);
-        Buffers<A>& h = b.half;
+        CouplingBuffers<A>& h = b.half;
         const auto dense = [&](A* data) { return grid.dense(t, second, data); };
         grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(h.x));
         grid.move(t, second, grid.in_memory(c.raw, t, 0), dense(h.raw));
         grid.move(t, second, grid.in_memory(c.shift, t, 0), dense(h.shift));
         grid.move(t, second, grid.in_panel(b.y, first), dense(h.dy));
-        const A* dlogdet = static_cast<const A*>(c.dlogdet);
         if (grid.vectors) {
             for (int r = 0; r < grid.pixels(t); ++r) {
-                const int64_t sample = grid.first_pixel(t) + r;
-                std::fill_n(h.dlogdet + r * second, second, dlogdet[sample * c.dlogdet_stride]);
+                std::fill_n(h.dlogdet + r * second, second, c.dlogdet.at<A>(grid.first_pixel(t) + r));
             }
         } else {
-            std::fill_n(h.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
+            std::fill_n(h.dlogdet, size, c.dlogdet.at<A>(t.sample));
         }
         log_scales<true, A>(c.scale, size, h.raw, h.log_s, h.slope);
         unscale_half<true, A>(c, size, h.x, h.log_s, h.slope, h.shift, h.dy, h.dlogdet, h.y, h.dx, h.draw,
@@ -243,7 +229,7 @@ template <bool PIXEL_ROWS, class A>
 void conv1x1(const Conv1x1& p, int threads) {
     Conv1x1Loop<PIXEL_ROWS, A> m(p);
     run<A>(m, m.grid.tiling.tiles(), p.shape.size(), threads);
-    if (p.coupling) m.write_ledger();
+    if (p.coupling) write_ledger<A>(p.coupling->ledger, p.shape.samples, m.sums);
 }
 
 template <bool PIXEL_ROWS, class A>

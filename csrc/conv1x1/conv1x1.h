@@ -13,13 +13,6 @@
 
 namespace mflow {
 
-// Element (row, column) of a matrix, or (row, 0) of a vector. Null: absent; an absent bias is zero.
-struct Matrix {
-    const void* data = nullptr;
-    int64_t row = 0, column = 0;
-    Matrix transposed() const { return {data, column, row}; }
-};
-
 constexpr int64_t kMaxChannels = 128;  // with more channels BLAS is as fast
 
 struct Conv1x1 {

@@ -115,7 +115,7 @@ template <class A>
 struct Panels {
     A z[kPanel] = {}, g[kPanel] = {}, turned[kPanel] = {};
     A y[kPanel];
-    Buffers<A> half;
+    CouplingBuffers<A> half;
 };
 
 }  // namespace mflow

@@ -5,8 +5,6 @@
 #include <cstring>
 
 #include "coupling.h"
-#include "../common/grid.h"
-#include "../common/loops.h"
 #include "scale.h"
 
 namespace mflow {
@@ -31,7 +29,7 @@ MFLOW_INLINE void add(int rows, int width, Part<A> a, Part<A> b, Part<A> to) {
 }
 
 template <class A>
-struct Buffers {
+struct CouplingBuffers {
     A x[kTile], raw[kTile], shift[kTile], log_s[kTile], slope[kTile], dlogdet[kTile];
     A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
 };
@@ -61,14 +59,6 @@ MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, co
         const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
         y[i] = ADD_FIRST ? s * (x[i] + t) : s * x[i] + t;
     }
-}
-
-template <class A>
-MFLOW_INLINE A sum(int count, const A* values) {
-    A total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < count; ++i) total += values[i];
-    return total;
 }
 
 // The gradients dx, draw and dshift from dy and dlogdet. If X_GIVEN, `given` is x and `other` becomes y;

@@ -203,12 +203,11 @@ void forward(bool cuda, uintptr_t queue, const py::object& input, const py::obje
     Described d(input, target, mask, weight, scale, rho, delta, sums);
     d.lay_out(Strided(py::none(), sums, Use::write, d.shape), Strided(py::none(), sums, Use::write, d.shape));
     Problem& p = d.problem;
-    const SampleValues to_penalty(penalty, sums, Use::write, p.samples);
-    const SampleValues to_gaussian(gaussian, sums, Use::write, p.samples);
+    const Tensor to_penalty(penalty, sums, Use::write), to_gaussian(gaussian, sums, Use::write);
     const Tensor to_partial(partial, sums, Use::write);
     if (p.tiles > 1 && to_partial.length(0) < 2 * p.samples * p.tiles) fail("partial is too small");
-    p.penalty = to_penalty.data();
-    p.gaussian = to_gaussian.data();
+    p.penalty = sample_values(to_penalty, p.samples).data;
+    p.gaussian = sample_values(to_gaussian, p.samples).data;
     p.partial = to_partial.data();
     dispatch(p, cuda, queue, forward_cpu, forward_cuda);
 }
@@ -224,12 +223,9 @@ void backward(bool cuda, uintptr_t queue, const py::object& input, const py::obj
     const Strided to_target(dtarget, d.dtype, Use::write, d.shape);
     d.lay_out(to_input, to_target);
     Problem& p = d.problem;
-    const SampleValues g(grad_penalty, sums, Use::read, p.samples);
-    const SampleValues h(grad_gaussian, sums, Use::read, p.samples);
-    p.grad_penalty.data = g.data();
-    p.grad_penalty.sample_stride = g.stride();
-    p.grad_gaussian.data = h.data();
-    p.grad_gaussian.sample_stride = h.stride();
+    const Tensor g(grad_penalty, sums, Use::read), h(grad_gaussian, sums, Use::read);
+    p.grad_penalty = sample_values(g, p.samples);
+    p.grad_gaussian = sample_values(h, p.samples);
     dispatch(p, cuda, queue, backward_cpu, backward_cuda);
 }
 

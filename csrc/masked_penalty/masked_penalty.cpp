@@ -91,10 +91,7 @@ MFLOW_INLINE void run_tile(const Problem& p, const Tile& tile, int64_t index, bo
         });
     };
     if (backward) {
-        const auto grad = [&](const View& view) {
-            return static_cast<const A*>(view.data)[sample * view.sample_stride];
-        };
-        const A g = grad(p.grad_penalty), h = grad(p.grad_gaussian);
+        const A g = p.grad_penalty.at<A>(sample), h = p.grad_gaussian.at<A>(sample);
         A* out = buffers.error;  // each element is read before it is written
         with_formula([&](auto rho, auto select) __attribute__((always_inline)) {
             slope_tile<decltype(rho), select.value, A>(terms, count, scale, delta, g, h, out);

@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
     if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
     const int64_t sample = index / tiles;
-    const A g = __ldg(static_cast<const A*>(p.grad_penalty.data) + sample * p.grad_penalty.sample_stride);
-    const A h = __ldg(static_cast<const A*>(p.grad_gaussian.data) + sample * p.grad_gaussian.sample_stride);
+    const A g = __ldg(static_cast<const A*>(p.grad_penalty.data) + sample * p.grad_penalty.stride);
+    const A h = __ldg(static_cast<const A*>(p.grad_gaussian.data) + sample * p.grad_gaussian.stride);
     const auto differentiate = [&](const Run& run, const Terms<A, V>& terms) {
         A grad[V];
 #pragma unroll

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../common/inline.h"
+#include "../common/state_view.h"
 #include "../common/table.h"
 #include "../common/tiling.h"
 
@@ -137,8 +138,8 @@ struct Problem {
     void* partial = nullptr;
 
     // Backward.
-    View grad_penalty, grad_gaussian;  // one value for each sample
-    View dinput, dtarget;              // absent if not needed
+    SampleValues grad_penalty, grad_gaussian;
+    View dinput, dtarget;  // absent if not needed
 };
 
 void forward_cpu(const Problem& problem, int threads);

@@ -65,9 +65,13 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
             "(nothing is downloaded; docs/evaluation.md says where to get the weights)"
         )
     state = _read_state(weights)
-    last = _last_linear(name)
-    shape = getattr(state.get(f"{last}.weight"), "shape", ())
-    body = _build(name, shape[0] if shape else 1)
+    body = _build(name)
+    last, layer = [*body.named_modules()][-1]
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"features: expected a network that ends in a linear layer, got {name!r}")
+    parent, _, child = last.rpartition(".")
+    setattr(body.get_submodule(parent), child, nn.Identity())
+    state = {key: value for key, value in state.items() if not key.startswith(f"{last}.")}
     try:
         # Evaluation does not use batch norm's counters, and older files lack them.
         counted = {k: v for k, v in body.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -80,8 +84,6 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
             f"feature_weights: expected a state dict of {name!r} in {weights}: "
             f"{key.rstrip('. ')[:200]}{more}"
         ) from None
-    parent, _, child = last.rpartition(".")
-    setattr(body.get_submodule(parent), child, nn.Identity())
     if name == INCEPTION:
         _pool_as_in_fid(body)
         size, scale, shift = _INCEPTION_SIZE, torch.full((3,), 1 / 128), torch.full((3,), -1.0)
@@ -149,7 +151,9 @@ def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     real, fake = real.double(), fake.double()
-    network = _Features(real.shape[1])
+    # In place of a network of images: FID and KID share the features from one pass of the real one.
+    network = nn.Identity()
+    network.num_features = real.shape[1]  # type: ignore[assignment]
     fid = FrechetInceptionDistance(feature=network).to(real.device)
     fid.update(real, real=True)
     fid.update(fake, real=False)
@@ -208,20 +212,6 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class _Features(nn.Module):
-    """Stands in for the network that torchmetrics expects, and returns its input.
-
-    FID and KID can then share the features from one pass of the real network.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 class _Pooled(nn.Module):
     """A block of torchvision's Inception whose last branch uses another pooling."""
 
@@ -248,29 +238,18 @@ def _pool_as_in_fid(inception: nn.Module) -> None:
     inception.Mixed_7c = _Pooled(inception.get_submodule("Mixed_7c"), pool)
 
 
-def _build(name: str, classes: int | None = None) -> nn.Module:
+def _build(name: str) -> nn.Module:
     from torchvision import models
 
-    how = {} if classes is None else {"num_classes": classes}
     if name == INCEPTION:
-        return models.inception_v3(weights=None, aux_logits=False, init_weights=False, **how)
+        return models.inception_v3(weights=None, aux_logits=False, init_weights=False)
     if name not in models.list_models(module=models):
         raise ValueError(
             f"features: expected {INCEPTION!r} or an image classifier of torchvision, such as "
             f"'resnet50', got {name!r}"
         )
-    if name in ("inception_v3", "googlenet"):
-        how["init_weights"] = False
+    how = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
     return models.get_model(name, weights=None, **how)
-
-
-def _last_linear(name: str) -> str:
-    with torch.device("meta"):
-        network = _build(name)
-    modules = list(network.named_modules())
-    if not isinstance(modules[-1][1], nn.Linear):
-        raise ValueError(f"features: expected a network that ends in a linear layer, got {name!r}")
-    return modules[-1][0]
 
 
 def _read_state(weights: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -92,27 +92,16 @@ class Evaluation:
 
     def print(self) -> None:
         """Print a table to stdout."""
-        table = Table(
-            title=f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
-        )
-        table.add_column("")
-        for heading in self.headings():
-            table.add_column(heading, justify="right")
-        for label, cells in self.rows():
-            table.add_row(label, *cells)
-        Console().print(table)
+        title = f"Evaluation on {self.images:,} images of {self.data}"
+        _print_table(title, ["", *self.headings()], ([name, *cells] for name, cells in self.rows()))
         print(PARTS_EXPLAINED)
         if self.class_accuracy is not None:
             print(self.accuracy_explained())
 
     def print_samples(self) -> None:
         """Print a table of the samples' metrics to stdout."""
-        table = Table(title=escape(printable(f"Samples, by features of {self.samples[0].network}")))
-        for heading in QUALITY_HEADINGS:
-            table.add_column(heading, justify="right")
-        for row in self.samples:
-            table.add_row(*row.cells())
-        Console().print(table)
+        title = f"Samples, by features of {self.samples[0].network}"
+        _print_table(title, QUALITY_HEADINGS, (row.cells() for row in self.samples))
 
     def accuracy_explained(self) -> str:
         """Return a sentence about the accuracy of the class posterior."""
@@ -122,21 +111,26 @@ class Evaluation:
         )
 
 
+def _print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(title=escape(printable(title)))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 @torch.no_grad()
 def evaluate_model(
     model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str
 ) -> Evaluation:
-    """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
-    give the same metrics.
+    """Evaluate a model, in evaluation mode, on a set of images.
 
-    Args:
-        model: model in evaluation mode.
-        images: images of the model's input shape.
-        n_bits: bits of each colour channel that the model was trained on.
-        data: name of the images, shown with the results.
+    The dequantization noise is seeded, so the same images give the same metrics. `n_bits` are the
+    bits of each colour channel that the model was trained on, and `data` names the images.
 
     Raises:
-        ValueError: the images have another shape.
+        ValueError: the images have another shape than the model's.
     """
     check_image_shape(images, model)
     stages = cast(list[ManifoldFlow], list(model.stages))
@@ -211,14 +205,10 @@ def importance_weighted_bits(
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 
-    This averages -log2 of (1 / K) sum_k p(x + u_k) over the images, for K draws of the noise u. It
+    This averages -log2 of (1 / K) sum_k p(x + u_k) over the images, for K `draws` of the noise. It
     bounds the probability of an image more tightly than the mean of the log-densities, which
     `evaluate_model` reports (Burda et al., arXiv 1509.00519; Ho et al., arXiv 1902.00275, section
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
-
-    Args:
-        model, images, n_bits: see `evaluate_model`.
-        draws: K, at least 1.
     """
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)

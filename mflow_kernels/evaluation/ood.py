@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import dequantize
@@ -17,6 +16,7 @@ from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models import HierarchicalFlow, local_dimension
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.chart import off_manifold_score
+from mflow_kernels.models.images import pillow_images
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # largest number of scored images of each set
@@ -212,15 +212,12 @@ def png_bits(images: Tensor, n_bits: int) -> Tensor:
 
     The images are uint8 (N, C, H, W) and are reduced to n_bits first.
     """
-    levels = (images.cpu() >> (8 - n_bits)).permute(0, 2, 3, 1).contiguous().numpy()
     sizes = []
-    for pixels in levels:
+    for image in pillow_images(images >> (8 - n_bits)):
         file = io.BytesIO()
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(
-            file, "png", optimize=True
-        )
-        sizes.append(8 * file.tell() / pixels.size)
-    return torch.tensor(sizes, dtype=torch.float64)
+        image.save(file, "png", optimize=True)
+        sizes.append(file.tell())
+    return 8 * torch.tensor(sizes, dtype=torch.float64) / math.prod(images.shape[1:])
 
 
 def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]:

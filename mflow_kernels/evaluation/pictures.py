@@ -28,15 +28,8 @@ def draw_images(
     rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]],
     footer: str | None = None,
 ) -> None:
-    """Draw rows of images under a title, with the name of each row at its left.
-
-    Args:
-        path: PNG file to write (under a temporary name first).
-        title: title of the picture.
-        rows: images of each row by name: uint8 (N, C, H, W) with C of 1 or 3, the same shape in
-            all rows.
-        footer: a line of explanation below the images.
-    """
+    """Draw rows of images, uint8 (N, C, H, W) with C of 1 or 3 and the same shape in all rows, with
+    the name of each row at its left, under a title and above a footer."""
     names, images = zip(*(rows.items() if isinstance(rows, Mapping) else rows), strict=True)
     mosaic = _mosaic(images)
     height, width = mosaic.shape[:2]
@@ -62,16 +55,6 @@ def draw_images(
     _save(figure, path)
 
 
-def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
-    """Draw images, their projections and the absolute differences. Images and projections are uint8
-    (N, C, H, W); the footer gives their mean squared error."""
-    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
-    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
-    squared = (residual.float() / 255).square().mean().item()
-    footer = f"Mean squared error of these images on the [0, 1] scale: {squared:.4f}"
-    draw_images(path, title, rows, footer)
-
-
 def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> list[tuple[str, Tensor]]:
     """Break long rows into rows of at most `columns` images.
 
@@ -92,10 +75,8 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Draw training curves, one row of panels for each stage. A fourth panel shows the weight of
     the penalty if it changes in training.
 
-    Args:
-        path: PNG file to write.
-        rows: metrics by name, each row with `step` and `stage` (from 0). Other names may be absent,
-            and values that are not finite are left out.
+    Each of `rows` has metrics by name, with `step` and `stage` (from 0). Others may be absent, and
+    values that are not finite are left out.
     """
     rows = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
     rows = [row for row in rows if "stage" in row]
@@ -151,10 +132,8 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
 def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Draw histograms side by side, in two rows if there are more than three.
 
-    Args:
-        path: PNG file to write.
-        panels: for each panel, by its axis label, the values (N,) of each set by name. Values that
-            are not finite are left out.
+    A panel, by its axis label, has the values (N,) of each set by name. Values that are not finite
+    are left out.
     """
     lines = 1 if len(panels) <= 3 else 2
     columns = math.ceil(len(panels) / lines)

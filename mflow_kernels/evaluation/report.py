@@ -120,18 +120,9 @@ def write_report(
 ) -> Path:
     """Compute the rest of a report's metrics, draw its pictures and write its folder.
 
-    The folder gets the pictures, FIGURES and, last, the page REPORT. Each file is written under a
-    temporary name first, so it is whole or absent.
-
-    Args:
-        run: a trained run, or an export of one.
-        images: the images that `evaluation` was computed on.
-        evaluation: result of `evaluate_model`.
-        folder: folder to write; it is created if needed.
-        options: further parts to compute.
-
-    Returns:
-        The path of REPORT.
+    The folder is created if needed, and gets the pictures, FIGURES and, last, the page REPORT,
+    whose path is returned. Each file is whole or absent. `run` may be an export; `evaluation` is
+    that of `images`.
     """
     missing: list[str] = []
     model, n_bits = run.model, run.n_bits

@@ -26,59 +26,50 @@ def draw_report(
     spectrum: IntrinsicDimension | None,
     ambient: bool,
 ) -> dict[str, Picture]:
-    """Draw the pictures of a report's page, by name.
+    """Draw the pictures of a report's page into a folder, and return them by name.
 
-    Args:
-        run: a trained run.
-        images: the evaluated images.
-        kind: says in the captions what `images` are, such as "held-out images".
-        folder: folder to write the PNG files to.
-        scores: for each set of images, by name, the result of `score_images`.
-        spectrum: None leaves its picture out.
-        ambient: also draw the off-manifold coordinates of samples.
+    `kind` says in the captions what the evaluated images are, such as "held-out images". `scores`
+    has the result of `score_images` for each set, by name. With `ambient`, the off-manifold
+    coordinates of samples are drawn too.
     """
-    pictures = {}
+    pictures: dict[str, Picture] = {}
+
+    def add(name: str, caption: str) -> Path:
+        pictures[name] = Picture(folder / f"{name}.png", caption)
+        return pictures[name].path
+
     model = run.model
-    path = folder / "samples.png"
+    how = "for the class" if model.class_names else "scaled by the temperature T"
+    path = add("samples", f"Each column decodes one draw, {how} of the row.")
     seed = run.config.seed if run.config else 0
     draw_images(path, *samples_by_temperature(model, COLUMNS, seed, ambient))
-    how = "for the class" if model.class_names else "scaled by the temperature T"
-    pictures["samples"] = Picture(path, f"Each column decodes one draw, {how} of the row.")
 
-    path = folder / "projections.png"
+    path = add(
+        "projections", "The projection is what the manifold coordinates preserve of an image."
+    )
     title = (
         f"{kind[0].upper()}{kind[1:]} and their projections on the "
         f"{model.manifold_dim}-dimensional manifold"
     )
     draw_projections(path, title, model, images)
-    pictures["projections"] = Picture(
-        path, "The projection is what the manifold coordinates preserve of an image."
-    )
 
     if len(images) > 1:
-        path = folder / "interpolations.png"
-        draw_images(
-            path, f"Interpolations on the manifold between {kind}", _interpolations(run, images)
-        )
-        pictures["interpolations"] = Picture(
-            path,
+        path = add(
+            "interpolations",
             f"Each row starts and ends with one of the {kind}. The images between them lie on the "
             "manifold, on a straight line in its coordinates u from one projection to the other.",
         )
-    path = folder / "scores.png"
+        title = f"Interpolations on the manifold between {kind}"
+        draw_images(path, title, _interpolations(run, images))
     panels = {
         label: {name: own[key] for name, own in scores.items()}
         for key, (label, _) in SCORES.items()
         if key in next(iter(scores.values()))
     }
-    draw_histograms(path, panels)
-    pictures["scores"] = Picture(path, "Number of images of each set by score.")
+    draw_histograms(add("scores", "Number of images of each set by score."), panels)
     if spectrum is not None:
-        path = folder / "spectrum.png"
-        draw_spectrum(path, spectrum)
-        pictures["spectrum"] = Picture(
-            path, "Local standard deviations: singular values of the decoder's Jacobian."
-        )
+        caption = "Local standard deviations: singular values of the decoder's Jacobian."
+        draw_spectrum(add("spectrum", caption), spectrum)
     curves = run.folder / "curves.png"
     if curves.is_file():
         pictures["curves"] = Picture(curves, "Drawn by mflow train at the end of training.")

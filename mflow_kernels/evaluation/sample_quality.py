@@ -27,14 +27,10 @@ def sample_quality(
     most: int,
     ambient: bool = False,
 ) -> tuple[SampleQuality, ...]:
-    """Compare samples at each of TEMPERATURES with the first images, at most `most` of each.
+    """Compare samples at each of TEMPERATURES with the first images, at most `most` of each, by
+    the features of a network with its name.
 
-    Args:
-        run: a trained run, or an export of one.
-        images: images of the model's input shape.
-        features: name of a network and the network.
-        most: largest number of images, and of samples.
-        ambient: also draw the off-manifold coordinates of samples.
+    With `ambient`, the off-manifold coordinates of samples are drawn too.
     """
     name, network = features
     network = network.to(run.device)

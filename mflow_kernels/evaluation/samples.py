@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import bin_centres, to_image
@@ -13,8 +12,9 @@ from mflow_kernels.data.files import make_result
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
-from mflow_kernels.evaluation.pictures import COLUMNS, draw_residuals
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_images, in_rows
 from mflow_kernels.models import HierarchicalFlow
+from mflow_kernels.models.images import pillow_images
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
 MOST_ROWS = 20  # largest number of rows of samples by class
@@ -30,14 +30,11 @@ def draw_samples(
     class_number: int | None = None,
     ambient: bool = False,
 ) -> Tensor:
-    """Draw `number` images on the manifold of the model's first `stages` stages (default: all), or
-    off it if `ambient`.
+    """Draw uint8 images (number, C, H, W), on the CPU, on the manifold of the model's first
+    `stages` stages (default: all), or off it if `ambient`.
 
     Images of a class-conditional model are of the class `class_number`; by default they go through
     the classes in turn.
-
-    Returns:
-        uint8 images (number, C, H, W) on the CPU.
     """
     device = next(model.parameters()).device
     generator = stream_generator(seed, Stream.SAMPLES, device=device)
@@ -53,20 +50,16 @@ def draw_samples(
 
 
 def write_images(folder: Path, rows: Mapping[str, Tensor], argument: str) -> None:
-    """Write images into a new folder as PNG files NAME-0000.png, NAME-0001.png, and so on.
+    """Write uint8 images (N, C, H, W) as PNG files NAME-0000.png, NAME-0001.png, and so on.
 
-    Args:
-        folder: appears when all files are complete.
-        rows: uint8 (N, C, H, W) with C of 1 or 3, by NAME; without a name there is no hyphen.
-        argument: name of the folder in error messages.
+    Without a name there is no hyphen. The folder is new and appears when all files are complete;
+    `argument` names it in error messages.
     """
 
     def fill(temporary: Path) -> None:
         for name, images in rows.items():
             prefix = f"{name}-" if name else ""
-            for number, pixels in enumerate(images.movedim(1, -1).numpy()):
-                grey = pixels.shape[2] == 1
-                image = Image.fromarray(pixels[..., 0] if grey else pixels)
+            for number, image in enumerate(pillow_images(images)):
                 image.save(temporary / f"{prefix}{number:04}.png")
 
     make_result(folder, fill, argument)
@@ -112,13 +105,11 @@ def project_images(
     stages: int | None = None,
     classes: Tensor | None = None,
 ) -> Tensor:
-    """Project uint8 images (N, C, H, W) on the manifold of the first `stages` stages.
+    """Project uint8 images (N, C, H, W) on the manifold of the first `stages` stages, to the same
+    form on the CPU.
 
     Each pixel value enters at the middle of its quantization bin, without noise. Without `classes`,
     a class-conditional model takes the most probable ones.
-
-    Returns:
-        uint8 images of the same shape on the CPU.
     """
     x = model_input(images, model)
     context = context_of(model, x, classes)
@@ -133,13 +124,19 @@ def draw_projections(
     number: int = COLUMNS,
     stages: int | None = None,
 ) -> None:
-    """Draw the first `number` images, their projections (see `project_images`) and the differences.
+    """Draw the first `number` images, their projections (see `project_images`) and the absolute
+    differences; the footer gives their mean squared error.
 
     The images' own classes are used, if they have any.
     """
     originals = images.first(number)
     classes = None if images.classes is None else images.classes[:number]
-    draw_residuals(path, title, originals, project_images(model, originals, stages, classes))
+    projections = project_images(model, originals, stages, classes)
+    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
+    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
+    squared = (residual.float() / 255).square().mean().item()
+    footer = f"Mean squared error of these images on the [0, 1] scale: {squared:.4f}"
+    draw_images(path, title, rows, footer)
 
 
 def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -> Tensor:
@@ -164,13 +161,11 @@ def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -
 def inpaint_images(
     model: HierarchicalFlow, images: Tensor, known: Tensor, classes: Tensor | None = None
 ) -> Tensor:
-    """Fill in the missing pixels of uint8 images (N, C, H, W) from the manifold (`Chart.inpaint`).
+    """Fill in the missing pixels of uint8 images (N, C, H, W) from the manifold (`Chart.inpaint`),
+    to the same form on the CPU.
 
-    The deviation off the manifold is that of the whole images. Without `classes`, a
-    class-conditional model takes the most probable ones of the whole images.
-
-    Returns:
-        uint8 images of the same shape on the CPU.
+    The deviation off the manifold, and the classes of a class-conditional model by default, are
+    those of the whole images.
     """
     x = model_input(images, model)
     context = context_of(model, x, classes)

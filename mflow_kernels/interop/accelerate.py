@@ -62,7 +62,8 @@ def accelerate(
         visitor.visit(model, "")
         replaced += visitor.replaced
         left += visitor.left
-        notes += adapter.notes([m for m in model.modules() if is_accelerated(m)])
+        accelerated = [m for m in model.modules() if is_accelerated(m)]
+        notes += [text for text, is_about in adapter.notes if any(map(is_about, accelerated))]
     if replaced:
         notes.append(
             "Gradients cannot be differentiated again (create_graph=True raises an error), unless "

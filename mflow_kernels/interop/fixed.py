@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mflow_kernels.interop.linear import Linear, Reorder, Row, index_of, read_parts, select_channels
+from mflow_kernels.interop.linear import Linear, Reorder, Row, index_of, read_parts
 from mflow_kernels.ops.conv1x1 import add_to_first_half, conv1x1_ref
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last
@@ -26,6 +26,7 @@ from mflow_kernels.reversible.instructions import (
     Pair,
     Rearrange,
 )
+from mflow_kernels.reversible.rearrangements import select_channels
 
 if TYPE_CHECKING:
     from mflow_kernels.reversible.backward import BackwardPass
@@ -69,30 +70,25 @@ class ScaledPermutation(Row):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """scale (K, C), bias (K, C) and the log-determinant (K,) for one pixel. The first two are
         those of the map data -> latent in both directions."""
-        channels, device = rows[0].channels, rows[0].device
-        scale: Tensor | None = None
-        bias: Tensor | None = None
-        log_det: Tensor | None = None
-        orders: list[Tensor] = []  # permutations so far
+        k, channels, device = len(rows), rows[0].channels, rows[0].device
+        scale = torch.ones(k, channels, dtype=dtype, device=device)
+        bias, log_det = torch.zeros_like(scale), scale.new_zeros(k)
+        order: Tensor | None = None  # permutations so far
         for column in zip(*(row.layers for row in rows), strict=True):
             step = read_parts(column, channels, device)
             if step.weight.shape[1] != channels:
                 raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
             if not step.weight.is_floating_point():
-                orders.append(step.weight)
+                order = step.weight if order is None else order.gather(1, step.weight)
                 continue
             s = step.weight.to(dtype)
             b = torch.zeros_like(s) if step.bias is None else step.bias.to(dtype)
-            for order in reversed(orders):
+            if order is not None:
                 back = order.argsort(1)
                 s, b = s.gather(1, back), b.gather(1, back)
-            scale, bias = (s, b) if scale is None or bias is None else (s * scale, s * bias + b)
+            scale, bias = s * scale, s * bias + b
             if step.log_det is not None:
-                own = step.log_det.to(dtype)
-                log_det = own if log_det is None else log_det + own
-        assert scale is not None
-        assert bias is not None
-        log_det = scale.new_zeros(len(rows)) if log_det is None else log_det
+                log_det = log_det + step.log_det.to(dtype)
         return scale, bias, -log_det if inverted else log_det
 
     def run(

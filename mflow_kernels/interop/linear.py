@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import transformed
-from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.instructions import FoldedWeights
 from mflow_kernels.reversible.linear_maps import LinearMap
@@ -84,6 +83,21 @@ class Linear:
         return self.read
 
 
+@dataclass(frozen=True)
+class Orders:
+    """Reads permutations (C,) that modules store under a name."""
+
+    name: str
+
+    def __call__(self, modules: Sequence[Any]) -> Affine:
+        return Affine(stack([getattr(m, self.name) for m in modules]))
+
+
+def permutation(module: nn.Module, name: str) -> Linear:
+    """Return the permutation (C,) that a module stores under this name."""
+    return Linear(module, Orders(name), "permutation")
+
+
 def one_linear(
     read: Callable[[Sequence[Any]], Affine],
     what: str = "1x1 convolution",
@@ -95,9 +109,14 @@ def one_linear(
 
 @dataclass(frozen=True, eq=False)
 class Reorder:
-    """A fixed permutation: channel i of y is channel order(C)[i] of x."""
+    """A fixed permutation: channel i of y is channel order(C)[i] of x.
+
+    Attributes:
+        fits: whether it is this permutation still; None if it cannot change.
+    """
 
     order: Callable[[int], tuple[int, ...]]
+    fits: Callable[[Tensor], bool] | None = None
     what: str = "permutation"
     permutes: bool = True
     scales: bool = False
@@ -137,40 +156,65 @@ class Listed:
         return self.channels
 
 
-class OfMatrix:
-    """The permutation that a fixed 0/1 matrix of a module stands for: row i has its 1 in column
-    order[i].
+def versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    """Return what changes when one of these tensors does.
 
-    It is read once, and again after the matrix has changed, as a checkpoint changes it.
+    It is None if one is an inference tensor, which has no version.
+    """
+    if any(t.is_inference() for t in tensors):
+        return None
+    return [(id(t), t._version) for t in tensors]
+
+
+class Watched:
+    """What tensors of a module say, such as a mask. They are read again after one has changed, as a
+    checkpoint changes it.
 
     Args:
-        name: the name of the matrix (C, C, ...) in the module.
-        back: whether this is the inverse permutation.
+        names: the tensors' names in the module.
     """
 
-    def __init__(self, module: nn.Module, name: str, back: bool = False) -> None:
-        self.module, self.name, self.back = module, name, back
-        self._read_from: tuple[int, int] | None = None
-        self._order: tuple[int, ...] | None = None
-        self.holds()
+    def __init__(self, module: nn.Module, *names: str) -> None:
+        self.module, self.names = module, names
+        self._found: Any = None
+        self._read_from: list[tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_read_from": None}
 
-    def holds(self) -> bool:
-        """Whether the matrix is a permutation now, and is not trained."""
-        if torch.compiler.is_compiling() or transformed():
-            return self._order is not None
-        matrix: Tensor = getattr(self.module, self.name)
-        if matrix.requires_grad or matrix.is_meta:
-            return False
-        key = None if matrix.is_inference() else (id(matrix), matrix._version)
-        if key is None or key != self._read_from:
-            self._order, self._read_from = self._read(matrix), key
-        return self._order is not None
+    def read(self, tensors: Sequence[Tensor]) -> Any:
+        raise NotImplementedError
 
-    def _read(self, matrix: Tensor) -> tuple[int, ...] | None:
-        rows = matrix.detach().flatten(1)
+    def found(self) -> Any:
+        """Return the result of `read`. A compiler or transform gets the last one."""
+        tensors: list[Tensor] = [getattr(self.module, name) for name in self.names]
+        if torch.compiler.is_compiling() or transformed() or any(t.is_meta for t in tensors):
+            return self._found
+        key = versions(tensors)
+        if key is None or key != self._read_from:
+            self._found, self._read_from = self.read(tensors), key
+        return self._found
+
+
+class OfMatrix(Watched):
+    """The permutation that a fixed 0/1 matrix (C, C, ...) of a module stands for: row i has its 1
+    in column order[i].
+
+    Args:
+        back: whether this is the inverse permutation.
+    """
+
+    def __init__(self, module: nn.Module, name: str, back: bool = False) -> None:
+        super().__init__(module, name)
+        self.back = back
+
+    def holds(self, x: Tensor | None = None) -> bool:
+        """Whether the matrix is a permutation now, and is not trained."""
+        trained = getattr(self.module, self.names[0]).requires_grad
+        return not trained and self.found() is not None
+
+    def read(self, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+        rows = tensors[0].detach().flatten(1)
         order = rows.argmax(1)
         alone = torch.zeros_like(rows).scatter_(1, order[:, None], 1.0)
         if not torch.equal(rows, alone) or len(order.unique()) < len(order):
@@ -178,34 +222,23 @@ class OfMatrix:
         return tuple((order.argsort() if self.back else order).tolist())
 
     def __call__(self, channels: int) -> tuple[int, ...]:
-        assert self._order is not None  # `holds` came first
-        return Listed(self._order)(channels)
+        return Listed(self.found())(channels)
 
 
-class SameBuffers:
-    """Whether buffers of a module, such as a mask, have the values that they had when it was made.
-
-    They are compared after each change, as a checkpoint makes one.
-    """
+class SameBuffers(Watched):
+    """Whether buffers of a module, such as a mask, still have the values that they had here."""
 
     def __init__(self, module: nn.Module, *names: str) -> None:
-        self.module, self.names = module, names
+        super().__init__(module, *names)
         self._values = [getattr(module, name).detach().clone() for name in names]
-        self._read_from: list[tuple[int, int]] | None = None
-        self._same = True
+        self._found = True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read_from": None}
+    def read(self, tensors: Sequence[Tensor]) -> bool:
+        pairs = zip(tensors, self._values, strict=True)
+        return all(torch.equal(now.cpu(), then.cpu()) for now, then in pairs)
 
     def __call__(self, x: Tensor) -> bool:
-        buffers: list[Tensor] = [getattr(self.module, name) for name in self.names]
-        if torch.compiler.is_compiling() or transformed() or any(b.is_meta for b in buffers):
-            return self._same
-        key = [(id(b), -1 if b.is_inference() else b._version) for b in buffers]
-        if key != self._read_from:
-            pairs = zip(buffers, self._values, strict=True)
-            self._same, self._read_from = all(torch.equal(b.cpu(), v.cpu()) for b, v in pairs), key
-        return self._same
+        return bool(self.found())
 
 
 def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
@@ -251,16 +284,6 @@ def lu_linears(modules: Sequence[Any]) -> Affine:
     )
     lower = lower + torch.eye(c, dtype=bias.dtype, device=bias.device)
     return Affine(lower @ (upper + torch.diag_embed(diagonal)), bias, diagonal.log().sum(1))
-
-
-def select_channels(x: Tensor, order: Tensor) -> Tensor:
-    """Return x[:, order] in the layout of x, and its gradient in that layout too.
-
-    `index_select` along the channels would return contiguous tensors.
-    """
-    if transformed() or not is_channels_last(x):
-        return x.index_select(1, order)
-    return x.movedim(1, -1).index_select(-1, order).movedim(-1, 1)
 
 
 def index_of(part: Linear | Reorder, channels: int, device: torch.device) -> Tensor:
@@ -352,45 +375,38 @@ class Row(LinearMap):
     def fold_alike(
         rows: Sequence["Row"], dtype: torch.dtype, inverted: bool, check: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fold K rows whose layers are of the same kinds; see `_fold_alike`."""
-        return _fold_alike(rows, dtype, inverted, check)
+        """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
 
-
-def _fold_alike(
-    rows: Sequence[Row], dtype: torch.dtype, inverted: bool, check: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
-
-    Returns:
-        weight (K, C, C), bias (K, C), and log |det weight| (K,) for one pixel.
-    """
-    k, channels, device = len(rows), rows[0].channels, rows[0].device
-    dtype = torch.float64 if inverted else dtype
-    weight: Tensor | None = None  # None stands for the identity
-    bias = torch.zeros(k, channels, dtype=dtype, device=device)
-    log_det = torch.zeros(k, dtype=dtype, device=device)
-    columns = list(zip(*(row.layers for row in rows), strict=True))
-    for column in reversed(columns) if inverted else columns:
-        step = read_parts(column, channels, device)
-        if tuple(step.weight.shape[:2]) != (k, channels):
-            raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
-        step = _inverted(step, check) if inverted else step
-        if not step.weight.is_floating_point():
-            if weight is None:
-                weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
-            weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
-            bias = bias.gather(1, step.weight)
-        elif step.weight.dim() == 2:
-            scale = step.weight.to(dtype)
-            weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
-            bias = scale * bias
-        else:
-            matrix = step.weight.to(dtype)
-            weight = matrix if weight is None else matrix @ weight
-            bias = (matrix @ bias[:, :, None]).squeeze(2)
-        if step.bias is not None:
-            bias = bias + step.bias.to(dtype)
-        if step.log_det is not None:
-            log_det = log_det + step.log_det.to(dtype)
-    assert weight is not None
-    return weight, bias, log_det
+        Returns:
+            weight (K, C, C), bias (K, C), and log |det weight| (K,) for one pixel.
+        """
+        k, channels, device = len(rows), rows[0].channels, rows[0].device
+        dtype = torch.float64 if inverted else dtype
+        weight: Tensor | None = None  # None stands for the identity
+        bias = torch.zeros(k, channels, dtype=dtype, device=device)
+        log_det = torch.zeros(k, dtype=dtype, device=device)
+        columns = list(zip(*(row.layers for row in rows), strict=True))
+        for column in reversed(columns) if inverted else columns:
+            step = read_parts(column, channels, device)
+            if tuple(step.weight.shape[:2]) != (k, channels):
+                raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
+            step = _inverted(step, check) if inverted else step
+            if not step.weight.is_floating_point():
+                if weight is None:
+                    weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
+                weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
+                bias = bias.gather(1, step.weight)
+            elif step.weight.dim() == 2:
+                scale = step.weight.to(dtype)
+                weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
+                bias = scale * bias
+            else:
+                matrix = step.weight.to(dtype)
+                weight = matrix if weight is None else matrix @ weight
+                bias = (matrix @ bias[:, :, None]).squeeze(2)
+            if step.bias is not None:
+                bias = bias + step.bias.to(dtype)
+            if step.log_det is not None:
+                log_det = log_det + step.log_det.to(dtype)
+        assert weight is not None
+        return weight, bias, log_det

@@ -3,16 +3,18 @@
 That order is the raw scales in the first half of the channels and the shifts in the second.
 """
 
+import copy
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import constant, select_channels
+from mflow_kernels.interop.linear import constant
 from mflow_kernels.layers.networks import fused_params, has_hooks
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.rearrangements import select_channels
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,7 +31,7 @@ class Params(nn.Module):
     Args:
         net: the network, which keeps its parameters.
         raw, shift: the output channels that are the raw scales and the shifts; raw is None for
-            additive couplings.
+            additive couplings, where all are shifts.
         factors: factors of the raw scales and of the shifts.
         passing: how the network receives conditions: not at all, as channels after those of the
             state, or as a second argument that may be None.
@@ -75,18 +77,11 @@ class Params(nn.Module):
             return F.linear(x, weight, bias)
         return last._conv_forward(x, weight, bias)
 
-    def given(self, conditions: tuple[int, ...]) -> "Params":
-        """Return a copy that receives only these conditions of its sequence."""
-        received = () if self.passing == "none" else conditions
-        return Params(
-            self.net,
-            self.raw,
-            self.shift,
-            self.factors,
-            passing=self.passing,
-            conditions=received,
-            inner=self.inner,
-        )
+    def given(self, conditions: tuple[int, ...] | None) -> "Params":
+        """Return a copy that receives only these conditions of its sequence, or all."""
+        made = copy.copy(self)
+        made.conditions = conditions
+        return made
 
     def _layers(self, x: Tensor) -> list[nn.Module] | None:
         """Return the network's layers, if the output channels of the last one can be reordered, and
@@ -109,10 +104,9 @@ class Params(nn.Module):
     def _ordered(self, out: Tensor, dim: int = 1) -> Tensor:
         if self._in_order():
             return out
-        channels = range(out.shape[dim])
         if self.raw is None:
-            assert channels[self.shift] == channels
-            return torch.cat([torch.zeros_like(out), _scaled(out, self.factors[1])], dim)
+            return torch.cat([torch.zeros_like(out), out], dim)
+        channels = range(out.shape[dim])
         raw, shift = channels[self.raw], channels[self.shift]
         if (order := (*raw, *shift)) != (*channels,):
             index = constant(order, out.device)
@@ -124,35 +118,15 @@ class Params(nn.Module):
         return out
 
 
-class Pair(nn.Module):
-    """Two networks, one for the raw scales and one for the shifts.
+class Joined(nn.Module):
+    """Two networks whose outputs are the channels of one, in order."""
 
-    Both receive conditions as channels after those of the state. `factors` and `conditions` are as
-    for `Params`.
-    """
-
-    def __init__(
-        self,
-        scale_net: nn.Module,
-        shift_net: nn.Module,
-        factors: tuple[float, float] = (1.0, 1.0),
-        conditions: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
-        self.scale_net, self.shift_net = scale_net, shift_net
-        self.factors, self.conditions = factors, conditions
+        self.first, self.second = first, second
 
-    def given(self, conditions: tuple[int, ...]) -> "Pair":
-        """Return a copy that receives only these conditions of its sequence."""
-        received = () if self.conditions == () else conditions
-        return Pair(self.scale_net, self.shift_net, self.factors, received)
-
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        if self.conditions is not None:
-            context = tuple(context[i] for i in self.conditions)
-        x = torch.cat([x, *context], dim=1) if context else x
-        raw, shift = self.scale_net(x), self.shift_net(x)
-        return torch.cat([_scaled(raw, self.factors[0]), _scaled(shift, self.factors[1])], dim=1)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x)], dim=1)
 
 
 class Masked(nn.Module):
@@ -188,7 +162,3 @@ class Masked(nn.Module):
                 out = net(masked)[:, index]
                 outs.append(torch.where(out.isfinite(), out, torch.nan))
         return torch.cat(outs, dim=1)
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else factor * x

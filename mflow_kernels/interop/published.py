@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.interop.params import Params
-from mflow_kernels.interop.published_layouts import Chaiyujin, OpenAI, Rosinality, Weights
+from mflow_kernels.interop.published_layouts import Chaiyujin, Layout, OpenAI, Rosinality, Weights
 from mflow_kernels.layers import FlowStep, Split
 from mflow_kernels.models.glow import Glow
 from mflow_kernels.ops.scale import ScaleFunction
@@ -121,14 +121,11 @@ def _state(weights: str | PathLike[str] | Weights) -> Weights:
     return weights
 
 
-def _convert(
-    w: OpenAI | Rosinality | Chaiyujin, image_shape: tuple[int, int, int]
-) -> PublishedGlow:
+def _convert(w: Layout, image_shape: tuple[int, int, int]) -> PublishedGlow:
     """Return a model with these weights, from any layout."""
-    levels, steps = w.sizes()
-    glow = PublishedGlow(image_shape, levels, steps)
+    glow = PublishedGlow(image_shape, w.levels, w.steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
-        published = w.step(level, i % steps)
+        published = w.step(level, i % w.steps)
         _set_weight(step, published.weight)
         with torch.no_grad():
             step.actnorm.bias.copy_(published.bias)
@@ -140,7 +137,7 @@ def _convert(
         split.coupling.net = Params(w.prior(level), where_log_sd, where_mean, (-1.0, -1.0))
         split.coupling.scale = _EXP
     with torch.no_grad():
-        mean, log_sd = w.top(glow.latent_shapes[-1]).chunk(2)
+        mean, log_sd = w.top_latent(glow.latent_shapes[-1]).chunk(2)
         glow.top_mean.copy_(mean)
         glow.top_log_sd.copy_(log_sd)
     glow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

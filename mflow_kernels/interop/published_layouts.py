@@ -23,11 +23,9 @@ class EdgeConv2d(nn.Conv2d):
     Otherwise the state is padded with ones, as in rosinality/glow-pytorch.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, marked: bool) -> None:
-        out_channels, in_channels = weight.shape[:2]
+    def __init__(self, in_channels: int, out_channels: int, marked: bool) -> None:
         super().__init__(in_channels, out_channels, 3)
         self.marked = marked
-        _fill(self, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.marked:
@@ -49,226 +47,197 @@ class Step(NamedTuple):
     net: nn.Sequential
 
 
-class _Source:
-    """Arrays by name. Errors name the missing array.
+class Layout:
+    """Arrays by name, and what they are called. Errors name the missing array.
+
+    Args:
+        label: the class whose coarsest latent is wanted.
 
     Attributes:
         counted: patterns of names, which count the levels and the steps of a level.
+        at, split: patterns of the names of a step, and of the network of a split.
+        top: the name of the network that gives the coarsest latent's mean and log-deviation from
+            zeros. Weights may lack it. None if it is called as that of a split.
+        classes: the names of the matrix, bias and log-scale that give what a class adds to these.
+        network: the convolutions of a step, by their names after that of the step.
+        matrix, actnorm, kernel, last: names after that of the layer: of a 1x1 convolution's matrix,
+            of an actnorm's bias and log-scale, of a convolution's weight, and of the weight, bias
+            and log-scale of a last convolution, whose scale applies after the bias.
+        converted: which 1x1 convolutions are converted, as an error says it.
+        factor: of the log-scales of actnorms.
+        edge: as for `_conv`.
+        interleaved: whether shifts and scales alternate in a network's output. Otherwise the first
+            half is scales, the second shifts.
     """
 
     counted: tuple[str, str]
+    at: str
+    split: str
+    top: str | None = None
+    classes: tuple[str, str, str] | None = None
+    network: tuple[str, str, str]
+    matrix: str
+    actnorm: tuple[str, str]
+    kernel: str
+    last: tuple[str, str, str]
+    converted = "only plain 1x1 convolutions are converted"
+    factor = 1.0
+    edge = "zeros"
+    interleaved = True
 
-    def __init__(self, arrays: Weights) -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: Weights, label: int | None = None) -> None:
+        self.arrays, self.label = arrays, label
+        self.levels, self.steps = self.sizes()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.arrays:
+            is_matrix = name.endswith(self.matrix)
+            why = self.converted if is_matrix else "is this a checkpoint of a Glow?"
+            raise ValueError(f"weights: expected {name!r}: {why}")
+        array = torch.as_tensor(self.arrays[name]).double()
+        if not array.isfinite().all():
+            raise ValueError(f"weights: {name!r} is not finite: its training diverged")
+        return array
 
     def sizes(self) -> tuple[int, int]:
         """The number of levels, and of steps in each."""
         levels, steps = (_count(self.arrays, pattern) for pattern in self.counted)
         return levels, steps
 
-    def need(self, name: str, why: str) -> None:
-        if name not in self.arrays:
-            raise ValueError(f"weights: expected {name!r}: {why}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name, "is this a checkpoint of a Glow?")
-        array = torch.as_tensor(self.arrays[name]).double()
-        if not array.isfinite().all():
-            raise ValueError(f"weights: {name!r} is not finite: its training diverged")
-        return array
-
-
-class OpenAI(_Source):
-    """TensorFlow variables: filters are (H, W, in, out); log-scales are stored divided by 3; shifts
-    and scales alternate."""
-
-    counted = "{}/0/actnorm_center/b", "0/{}/actnorm_center/b"
-    interleaved = True
-
-    def __init__(self, arrays: Weights, label: int | None) -> None:
-        super().__init__(arrays)
-        self.label = label
-
     def step(self, level: int, step: int) -> Step:
-        at = f"{level}/{step}"
-        self.need(
-            f"{at}/invconv/W", "only the learned permutation, flow_permutation 2, is converted"
+        at = self._name(self.at, level, step)
+        first, second, last = (at + name for name in self.network)
+        net = nn.Sequential(
+            self.convolution(first),
+            nn.ReLU(inplace=True),
+            self.convolution(second),
+            nn.ReLU(inplace=True),
+            self.last_convolution(last),
         )
-        return Step(
-            self[f"{at}/invconv/W"].t(),  # it multiplies rows
-            self.vector(f"{at}/actnorm_center/b"),
-            self.log_scale(f"{at}/actnorm_scale/logs"),
-            _network(
-                self.convolution(f"{at}/f1/l_1"),
-                self.convolution(f"{at}/f1/l_2"),
-                self.last(f"{at}/f1/l_last"),
-            ),
-        )
+        return Step(self.conv1x1(at), *self.scale_and_bias(at), net)
 
-    def prior(self, level: int) -> EdgeConv2d:
+    def prior(self, level: int) -> nn.Conv2d:
         """Return a split's network, from the half that remains to the latent's mean and log sd."""
-        return self.last(f"pool{level}/conv")
+        return self.last_convolution(self._name(self.split, level, self.steps))
 
-    def vector(self, name: str) -> Tensor:
-        return self[name].flatten()
+    def top_latent(self, shape: tuple[int, ...]) -> Tensor:
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
+        channels, *sides = shape
+        top = torch.zeros(2 * channels, *sides)
+        conv = None
+        if self.top is None:
+            conv = self.prior(self.levels - 1)
+        elif self.top + self.last[0] in self.arrays:
+            conv = self.last_convolution(self.top)
+        if conv is not None:
+            marks = self.edge == "marked"
+            top = conv(torch.zeros(1, conv.in_channels - marks, *sides))[0]
+        if self.classes is None or self.classes[0] not in self.arrays:
+            if self.label is not None:
+                raise ValueError(
+                    f"label: expected None, as these weights have no classes, got {self.label}"
+                )
+            return top
+        matrix, bias, logs = self.classes
+        rows = self.weight(matrix).t() + self[bias].flatten()
+        if self.label is None or not 0 <= self.label < len(rows):
+            raise ValueError(
+                f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of these "
+                f"weights depends on it, got {self.label}"
+            )
+        scale = (FACTOR * self[logs].flatten()).exp()
+        return top + (rows[self.label] * scale)[:, None, None]
 
-    def log_scale(self, name: str) -> Tensor:
-        return FACTOR * self.vector(name)
+    def weight(self, name: str) -> Tensor:
+        """The weight (out, in, ...) of a matrix or convolution."""
+        return self[name]
+
+    def conv1x1(self, at: str) -> Tensor:
+        return self.weight(at + self.matrix)
+
+    def scale_and_bias(self, at: str) -> tuple[Tensor, Tensor]:
+        """The bias and the log-scale (C,) of an actnorm."""
+        bias, logs = (self[at + name].flatten() for name in self.actnorm)
+        return bias, self.factor * logs
 
     def convolution(self, name: str) -> nn.Conv2d:
-        """Return a convolution without bias, and the actnorm after it."""
-        weight, bias = self._scaled(name, "actnorm_center/b", "actnorm_scale/logs")
-        if weight.shape[2] == 1:
-            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias)
-        return EdgeConv2d(weight, bias, marked=True)
+        """A convolution, with the actnorm after it."""
+        return _conv(self.weight(name + self.kernel), *self.scale_and_bias(name), self.edge)
 
-    def last(self, name: str) -> EdgeConv2d:
-        """Return a network's last convolution, whose scale applies after the bias."""
-        return EdgeConv2d(*self._scaled(name, "b", "logs"), marked=True)
+    def last_convolution(self, name: str) -> nn.Conv2d:
+        weight, bias, logs = (name + end for end in self.last)
+        return _conv(self.weight(weight), self[bias], FACTOR * self[logs], self.edge)
 
-    def _scaled(self, name: str, bias: str, log_scale: str) -> tuple[Tensor, Tensor]:
-        """Return the weight and the bias of a convolution, times the scale that follows."""
-        scale = self.log_scale(f"{name}/{log_scale}").exp()
-        weight = self[f"{name}/W"].permute(3, 2, 0, 1) * scale[:, None, None, None]
-        return weight, self.vector(f"{name}/{bias}") * scale
-
-    def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
-        channels, height, width = shape
-        top, rows = torch.zeros(2 * channels, height, width), None
-        if "prior/p/W" in self.arrays:
-            top = self.last("prior/p")(torch.zeros(1, *shape))[0]
-        if "prior/y_emb/W" in self.arrays:
-            scale = self.log_scale("prior/y_emb/logs").exp()
-            rows = (self["prior/y_emb/W"] + self.vector("prior/y_emb/b")) * scale
-        return _of_class(top, rows, self.label)
+    def _name(self, pattern: str, level: int, step: int) -> str:
+        return pattern.format(level=level, step=step)
 
 
-class Rosinality(_Source):
-    """A state dictionary, of the model or of a data-parallel wrapper. The first half of a network's
-    output is scales, the second shifts."""
+class OpenAI(Layout):
+    """TensorFlow variables: weights are (..., in, out), and all log-scales are divided by 3."""
+
+    counted = "{}/0/actnorm_center/b", "0/{}/actnorm_center/b"
+    at, split, top = "{level}/{step}", "pool{level}/conv", "prior/p"
+    classes = "prior/y_emb/W", "prior/y_emb/b", "prior/y_emb/logs"
+    network = "/f1/l_1", "/f1/l_2", "/f1/l_last"
+    matrix, kernel, last = "/invconv/W", "/W", ("/W", "/b", "/logs")
+    actnorm = "/actnorm_center/b", "/actnorm_scale/logs"
+    converted = "only the learned permutation, flow_permutation 2, is converted"
+    factor, edge = FACTOR, "marked"
+
+    def weight(self, name: str) -> Tensor:
+        return self[name].movedim(-1, 0).movedim(-1, 1)
+
+
+class Rosinality(Layout):
+    """A state dictionary, of the model or of a data-parallel wrapper. Scales are stored whole."""
 
     counted = "blocks.{}.flows.0.actnorm.loc", "blocks.0.flows.{}.actnorm.loc"
-    interleaved = False
+    at, split = "blocks.{level}.flows.{step}", "blocks.{level}.prior"
+    network = ".coupling.net.0", ".coupling.net.2", ".coupling.net.4"
+    matrix, kernel, last = ".invconv.weight", ".weight", (".conv.weight", ".conv.bias", ".scale")
+    actnorm = ".actnorm.loc", ".actnorm.scale"
+    edge, interleaved = "ones", False
 
     def __init__(self, arrays: Weights) -> None:
         super().__init__({name.removeprefix("module."): value for name, value in arrays.items()})
 
-    def step(self, level: int, step: int) -> Step:
-        at = f"blocks.{level}.flows.{step}"
-        scale = self[f"{at}.actnorm.scale"].flatten()  # it may be negative
-        return Step(
-            self.conv1x1_weight(f"{at}.invconv") * scale.sign(),
-            self[f"{at}.actnorm.loc"].flatten(),
-            scale.abs().log(),
-            _network(
-                self.convolution(f"{at}.coupling.net.0"),
-                self.convolution(f"{at}.coupling.net.2"),
-                self.last(f"{at}.coupling.net.4"),
-            ),
-        )
+    def conv1x1(self, at: str) -> Tensor:
+        """W, which is stored whole or as its factors, with the signs of the actnorm's scales."""
+        if at + self.matrix in self.arrays:
+            weight = self[at + self.matrix].flatten(1)
+        else:
+            names = ("w_p", "w_l", "w_u", "s_sign", "w_s")
+            weight = plu(*(self[f"{at}.invconv.{name}"] for name in names))
+        return weight * self[at + self.actnorm[1]].flatten().sign()
 
-    def prior(self, level: int) -> EdgeConv2d:
-        return self.last(f"blocks.{level}.prior")
-
-    def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
-        levels = _count(self.arrays, self.counted[0])
-        top: Tensor = self.prior(levels - 1)(torch.zeros(1, *shape))[0]
-        return top
+    def scale_and_bias(self, at: str) -> tuple[Tensor, Tensor]:
+        bias, scale = (self[at + name].flatten() for name in self.actnorm)
+        return bias, scale.abs().log()
 
     def convolution(self, name: str) -> nn.Conv2d:
-        weight = self[f"{name}.weight"]
-        size = weight.shape[2]
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2)
-        return _fill(conv, weight, self[f"{name}.bias"])
-
-    def last(self, name: str) -> EdgeConv2d:
-        scale = (FACTOR * self[f"{name}.scale"].flatten()).exp()
-        weight = self[f"{name}.conv.weight"] * scale[:, None, None, None]
-        return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
-
-    def conv1x1_weight(self, name: str) -> Tensor:
-        """Return W (C, C), which the file stores whole or as its factors."""
-        if f"{name}.weight" in self.arrays:
-            return self[f"{name}.weight"].flatten(1)
-        return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
+        bias = self[f"{name}.bias"]
+        return _conv(self[f"{name}.weight"], bias, torch.zeros_like(bias))
 
 
-class Chaiyujin(_Source):
-    """A state dictionary. Layers of all levels have one number; log-scales of actnorms are stored
-    whole, and those of last convolutions divided by 3; shifts and scales alternate."""
+class Chaiyujin(Layout):
+    """A state dictionary. Layers of all levels have one number. A level is a squeeze, its steps
+    and, except in the last one, a split."""
 
-    interleaved = True
-
-    def __init__(self, arrays: Weights, label: int | None) -> None:
-        super().__init__(arrays)
-        self.label = label
+    at, split, top = "flow.layers.{}", "flow.layers.{}.conv", "learn_top"
+    classes = "project_ycond.weight", "project_ycond.bias", "project_ycond.logs"
+    network = ".f.0", ".f.2", ".f.4"
+    matrix, kernel, last = ".invconv.weight", ".weight", (".weight", ".bias", ".logs")
+    actnorm = ".actnorm.bias", ".actnorm.logs"
 
     def sizes(self) -> tuple[int, int]:
-        """Each level is a squeeze, its steps and, except in the last one, a split."""
         self.steps = _count(self.arrays, "flow.layers.{}.actnorm.bias", first=1)
         levels = 1
-        while f"flow.layers.{levels * (self.steps + 2) - 1}.conv.weight" in self.arrays:
+        while self._name(self.split, levels - 1, self.steps) + ".weight" in self.arrays:
             levels += 1
         return levels, self.steps
 
-    def step(self, level: int, step: int) -> Step:
-        at = f"flow.layers.{level * (self.steps + 2) + 1 + step}"
-        self.need(f"{at}.invconv.weight", "only plain 1x1 convolutions are converted")
-        return Step(
-            self[f"{at}.invconv.weight"],
-            *self.actnorm(at),
-            _network(
-                self.convolution(f"{at}.f.0"), self.convolution(f"{at}.f.2"), self.last(f"{at}.f.4")
-            ),
-        )
-
-    def prior(self, level: int) -> nn.Conv2d:
-        return self.last(f"flow.layers.{(level + 1) * (self.steps + 2) - 1}.conv")
-
-    def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
-        channels, height, width = shape
-        top, rows = torch.zeros(2 * channels, height, width), None
-        if "learn_top.weight" in self.arrays:
-            top = self.last("learn_top")(torch.zeros(1, 2 * channels, height, width))[0]
-        if "project_ycond.weight" in self.arrays:
-            scale = (FACTOR * self["project_ycond.logs"]).exp()
-            rows = (self["project_ycond.weight"].t() + self["project_ycond.bias"]) * scale
-        return _of_class(top, rows, self.label)
-
-    def actnorm(self, at: str) -> tuple[Tensor, Tensor]:
-        return self[f"{at}.actnorm.bias"].flatten(), self[f"{at}.actnorm.logs"].flatten()
-
-    def convolution(self, name: str) -> nn.Conv2d:
-        """A convolution, with the actnorm after it."""
-        bias, log_scale = self.actnorm(name)
-        return self._conv(name, bias, log_scale.exp())
-
-    def last(self, name: str) -> nn.Conv2d:
-        scale = (FACTOR * self[f"{name}.logs"].flatten()).exp()
-        return self._conv(name, self[f"{name}.bias"], scale)
-
-    def _conv(self, name: str, bias: Tensor, scale: Tensor) -> nn.Conv2d:
-        weight = self[f"{name}.weight"]
-        size = weight.shape[2]
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2)
-        return _fill(conv, weight * scale[:, None, None, None], bias * scale)
-
-
-def _of_class(top: Tensor, rows: Tensor | None, label: int | None) -> Tensor:
-    """Return mean and log-deviation (2C, H, W) plus the row (2C,) of a class, if there are rows."""
-    if rows is None:
-        if label is not None:
-            raise ValueError(f"label: expected None, as these weights have no classes, got {label}")
-        return top
-    if label is None or not 0 <= label < len(rows):
-        raise ValueError(
-            f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of these "
-            f"weights depends on it, got {label}"
-        )
-    return top + rows[label][:, None, None]
+    def _name(self, pattern: str, level: int, step: int) -> str:
+        return pattern.format(level * (self.steps + 2) + 1 + step)
 
 
 def _count(weights: Weights, pattern: str, first: int = 0) -> int:
@@ -281,13 +250,17 @@ def _count(weights: Weights, pattern: str, first: int = 0) -> int:
     return count
 
 
-def _fill(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    assert conv.bias is not None
+def _conv(weight: Tensor, bias: Tensor, log_scale: Tensor, edge: str = "zeros") -> nn.Conv2d:
+    """Return a convolution times exp(log_scale). A 3x3 one pads images with zeros, with "ones" or
+    with zeros that a further channel marks ("marked")."""
+    out_channels, in_channels, size = weight.shape[:3]
+    if edge == "zeros" or size == 1:
+        conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
+    else:
+        conv = EdgeConv2d(in_channels, out_channels, edge == "marked")
+    scale = log_scale.flatten().exp()
     with torch.no_grad():
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
+        conv.weight.copy_(weight * scale[:, None, None, None])
+        assert conv.bias is not None
+        conv.bias.copy_(bias.flatten() * scale)
     return conv
-
-
-def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)

@@ -16,7 +16,7 @@ from mflow_kernels import ops
 from mflow_kernels.interop.affine import AffineMap
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
-from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
+from mflow_kernels.interop.linear import Linear, Reorder, Row, versions
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
 from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
 from mflow_kernels.ops.layouts import flow_state
@@ -99,11 +99,6 @@ def _linear(
     return [Steps([Step(Row(row, channels, device), None)])]
 
 
-def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
-    """The log-determinants (N,) that `FusedSequence` returned for the state x."""
-    return log_det if log_det.dim() else log_det.expand(x.shape[0])
-
-
 class FusedSequence:
     """Layers in sequence, computed by our kernels.
 
@@ -137,10 +132,9 @@ class FusedSequence:
         self._initialized_by_data = [
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
-        self._matrices = [
-            p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
+        self._fits = [
+            p.fits for p in parts if isinstance(p, (Linear, Reorder, Coupling)) and p.fits
         ]
-        self._fits = [p.fits for p in parts if isinstance(p, (Linear, Coupling)) and p.fits]
         self._squeezes = sum(p.halvings for p in parts if isinstance(p, SpaceToDepth))
         self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
@@ -153,8 +147,6 @@ class FusedSequence:
 
     def supports(self, x: Tensor, inverse: bool) -> bool:
         """Whether our kernels compute what the layers do now, for the number of channels of x."""
-        if self._matrices and not all(matrix.holds() for matrix in self._matrices):
-            return False
         if not all(fits(x) for fits in self._fits):
             return False
         return not self.has_couplings or not why_not(self.parts, self._data_channels(x, inverse))
@@ -202,18 +194,14 @@ class FusedSequence:
 
         Unless a tensor has changed since the last call, this reads nothing from the GPU.
         """
-        states = []
-        for module, data_init in self._initialized_by_data:
-            state = None if data_init.state is None else data_init.state(module)
-            if state is not None and not state.is_inference():  # inference tensors have no version
-                states.append((id(state), state._version))
-            elif data_init.is_pending(module):
-                return False
-        if states == self._initialized:
+        states = [d.state(module) for module, d in self._initialized_by_data if d.state]
+        watched = len(states) == len(self._initialized_by_data)
+        now = versions(states) if watched else None
+        if now is not None and now == self._initialized:
             return True
         if any(data_init.is_pending(module) for module, data_init in self._initialized_by_data):
             return False
-        self._initialized = states
+        self._initialized = now
         return True
 
     def initialize_from(

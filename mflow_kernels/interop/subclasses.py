@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from mflow_kernels.interop.adapter import load_adapter
-from mflow_kernels.interop.sequence import FusedSequence
 
 # The key in a module's __dict__, which state dictionaries do not see.
 IMPLEMENTATION = "_mflow_implementation"
@@ -65,15 +64,6 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 def _rebuilt(original: type, folder: str, kind: str) -> Any:
     cls: Any = _accelerated_class(original, folder, kind)
     return cls.__new__(cls)
-
-
-class FusedLayers(nn.Module):
-    """Layers of a container as one sequence, with the interface of one layer of the library."""
-
-    def __init__(self, layers: Sequence[nn.Module], sequence: FusedSequence) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.sequence = sequence
 
 
 class FusedContainer:

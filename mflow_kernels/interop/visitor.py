@@ -4,17 +4,18 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
-from typing import cast
+from functools import partial
+from itertools import groupby, repeat
+from typing import Any
 
 import torch
 from torch import nn
 
-from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.adapter import Adapter, Piece
 from mflow_kernels.interop.costs import why_slower
 from mflow_kernels.interop.fingerprints import original_of, why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
-from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
 from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import FusedSequence
@@ -50,20 +51,36 @@ class Visitor:
         if self.adapter.is_layer(module) or type(module) in self.like:
             self._visit_layer(module, name, reported)
             reported = True
-        container = next((c for c in self.adapter.containers if isinstance(module, c)), None)
-        if container is not None and not is_accelerated(module):
-            if why := why_untested(self.adapter.fingerprints, container):
-                self.left.append(Left(name, type(module).__name__, why))
-            else:
-                self.adapter.fuse(module, name, container, self)
+        kind = next((c for c in self.adapter.containers if isinstance(module, c)), None)
+        found, fused = len(self.replaced), None
+        if kind is not None and not is_accelerated(module):
+            fused = self._fused(module, name, kind)
         for child_name, child in module.named_children():
             self.visit(child, f"{name}.{child_name}" if name else child_name, reported)
+        if kind is not None and fused is not None and len(self.replaced) > found:
+            accelerate_module(module, self.adapter.folder, kind.__name__, fused)
+
+    def _fused(self, container: nn.Module, name: str, kind: type[nn.Module]) -> Any:
+        """Return what a container's methods need to run sequences; None if it is left."""
+        cls, prefix = type(container), f"{name}." if name else ""
+        if why := why_untested(self.adapter.fingerprints, kind):
+            fused: Any = why
+        elif any(
+            getattr(cls, n) is not getattr(kind, n) for n in self.adapter.methods[kind.__name__]
+        ):
+            fused = f"it has methods of its own in place of {kind.__name__}'s"
+        else:
+            fused = self.adapter.fuse(container, kind, partial(self._cut, prefix))
+        if isinstance(fused, str):
+            self.left.append(Left(name, cls.__name__, fused))
+            return None
+        return fused
 
     def _visit_layer(self, layer: nn.Module, name: str, reported: bool) -> None:
         parts = self._parts(layer)
         class_name = type(layer).__name__
         in_sequence = id(layer) in self._in_sequences
-        kind = self.adapter.kind_of(self._class_of(layer))
+        kind = self._kind_of(self._class_of(layer))
         if not isinstance(parts, str) and not in_sequence:
             if _only_permutes(parts):
                 parts = "it only permutes the state, and would not be faster alone"
@@ -79,44 +96,35 @@ class Visitor:
             self.replaced.append(Replaced(name, class_name, by))
         self._in_sequences.update(map(id, layer.modules()))
 
-    def fuse_sequences(
+    def _cut(
         self,
+        prefix: str,
         layers: Sequence[nn.Module],
         names: Sequence[str],
         conditions: Sequence[tuple[int, ...]] | None = None,
-    ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
-        pieces: list[tuple[list[nn.Module], FusedSequence | None]] = []
-        found = [self._parts(layer) for layer in layers]
-        for fusable, run in groupby(range(len(layers)), lambda i: not isinstance(found[i], str)):
-            places = list(run)
-            members = [layers[i] for i in places]
+    ) -> list[Piece]:
+        """See `cut` of `Adapter.fuse`; `prefix` comes before the names."""
+        pieces: list[Piece] = []
+        found = map(self._parts, layers)
+        each = zip(layers, names, found, conditions or repeat(None), strict=False)
+        for is_left, run in groupby(each, lambda one: isinstance(one[2], str)):
+            members, own_names, own, taken = map(list, zip(*run, strict=True))
             parts: list[Part] = []
-            if fusable:
-                for i in places:
-                    own = cast(tuple[Part, ...], found[i])
-                    parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
-            if (
-                not fusable
-                or len(members) == 1
-                or _only_permutes(parts)
-                or self._why_slower(members, parts)
-            ):
+            if not is_left:
+                parts = [_given(p, c) for ps, c in zip(own, taken, strict=True) for p in ps]
+            if len(members) == 1 or _only_permutes(parts) or self._why_slower(members, parts):
                 pieces += [([member], None) for member in members]
                 continue
             pieces.append((members, self._sequence(parts)))
             self._in_sequences.update(map(id, members))
+            by = f"{'one reversible run' if self.reversible else 'one run'} of {describe(parts)}"
             counts = Counter(type(m).__name__ for m in members)
             classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
-            by = f"{'one reversible run' if self.reversible else 'one run'} of {describe(parts)}"
-            self.replaced.append(Replaced(names[places[0]], classes, by))
+            self.replaced.append(Replaced(prefix + own_names[0], classes, by))
         return pieces
 
-    def accelerates(self, layer: nn.Module) -> bool:
-        parts = self._parts(layer)
-        return not (isinstance(parts, str) or _only_permutes(parts)) and (
-            self.adapter.kind_of(self._class_of(layer)) in self.adapter.repaired
-            or not self._why_slower([layer], parts)
-        )
+    def _kind_of(self, cls: type) -> str:
+        return self.adapter.kinds.get(cls, "layer")
 
     def _sequence(self, parts: Sequence[Part]) -> FusedSequence:
         return FusedSequence(parts, self.reversible, self.even_if_slower)
@@ -184,15 +192,15 @@ class Visitor:
                 raise ValueError(f"layers of {self.adapter.folder} do not show their shape")
             if isinstance(parts, str):
                 raise ValueError(parts)
-            kind = self.adapter.kind_of(cls)
+            kind = self._kind_of(cls)
             accelerate_module(fast, self.adapter.folder, kind, FusedSequence(parts))
             pairs = zip(probe(fast), probe(own), strict=True)
             return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
 
 
-def _given(part: Part, conditions: tuple[int, ...]) -> Part:
+def _given(part: Part, conditions: tuple[int, ...] | None) -> Part:
     """Return the part with a network that takes only these of the container's conditions."""
-    if isinstance(part, Coupling) and isinstance(part.net, (Params, Pair)):
+    if isinstance(part, Coupling) and isinstance(part.net, Params):
         return replace(part, net=part.net.given(conditions))
     return part
 

@@ -111,7 +111,7 @@ class _ActNormLayer(Layer):
     """An actnorm, which folds into a 1x1 convolution that follows it."""
 
     def fused(self, following: Instruction) -> Steps | None:
-        if not isinstance(following, Steps) or following.inverted:
+        if self.inverted or not isinstance(following, Steps) or following.inverted:
             return None
         assert isinstance(self.module, ActNorm)
         if following.masked is not self.module.masked:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mflow_kernels import ops
+from mflow_kernels.ops.checks import check_channels
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Layer
-from mflow_kernels.reversible.masks import with_mask
+from mflow_kernels.reversible.masks import with_mask, zero_padding
 from mflow_kernels.reversible.program import Program
 
 
@@ -81,17 +83,35 @@ class Bijection(nn.Module):
         return self(x, *context)
 
 
-def run_instructions(
-    layer: Bijection, x: Tensor, context: Sequence[Any], *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Run the instructions of a layer that splits off no latents, or their inverses.
+class Instructed(Bijection):
+    """A layer that runs its `instructions` when it is called, too."""
 
-    Returns:
-        The state, and the log-determinant (N,).
-    """
-    if layer.masked:
-        x, context = with_mask(x, context)
-    program = Program(layer.instructions())
-    program = program.inverted() if inverse else program
-    x, _, ledger, log_det = apply_stored(program, x, (), context)
-    return x, ops.accumulate_logdet(ledger, log_det)
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return Program(self.instructions()).latent_shapes(shape)[-1]
+
+    def checked(self, name: str, value: object) -> Tensor:
+        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
+        x = flow_state(name, value)
+        if self.channels is not None:
+            check_channels(name, x, self.channels)
+        return x
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        z, latents, logdet = self._run(self.checked("x", x), (), context)
+        return ((z, *latents) if latents else z), logdet
+
+    def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x, _, logdet = self._run(self.checked("z", z), (), context, inverse=True)
+        return x, logdet
+
+    def _run(
+        self, x: Tensor, latents: Sequence[Tensor], context: Sequence[Any], *, inverse: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The state, the latents that were split off, and the log-determinant (N,)."""
+        if self.masked:
+            x, context = with_mask(x, context)
+            latents = [zero_padding(latent, context[0]) for latent in latents]
+        program = Program(self.instructions())
+        program = program.inverted() if inverse else program
+        x, latents, ledger, log_det = apply_stored(program, x, latents, context)
+        return x, latents, ops.accumulate_logdet(ledger, log_det)

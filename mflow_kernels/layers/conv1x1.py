@@ -5,16 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import ops
-from mflow_kernels.layers.bijection import Bijection, run_instructions
+from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.folding import ActNormConv, plu
-from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_state
-from mflow_kernels.ops.layouts import pixels
-from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.checks import check_count, check_device
 from mflow_kernels.reversible.steps import Step, Steps
 
 
-class InvertibleConv1x1(Bijection):
+class InvertibleConv1x1(Instructed):
     """y_p = W x_p with W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
     P is a fixed permutation, L is unit lower and U strictly upper triangular, and s keeps its
@@ -133,31 +130,15 @@ class InvertibleConv1x1(Bijection):
     def instructions(self) -> list[Steps]:
         return [Steps([Step(ActNormConv(None, self), None)], masked=self.masked)]
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
-        if self.masked:
-            return run_instructions(self, x, context)
-        return ops.conv1x1(x, self.weight()), self._logdet(x)
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("z", z)
-        if self.masked:
-            return run_instructions(self, z, context, inverse=True)
-        return ops.conv1x1_inverse(z, self.weight()), -self._logdet(z)
-
-    def _check(self, name: str, x: Tensor) -> None:
-        check_channels(name, check_state(name, x), self.channels)
+    def checked(self, name: str, value: object) -> Tensor:
+        x = super().checked(name, value)
         check_device(name, x, self.log_diagonal)
-
-    def _logdet(self, x: Tensor) -> Tensor:
-        groups = self.channels // len(self.log_diagonal)
-        log_det = groups * self.log_diagonal.to(accumulator(x.dtype)).sum()
-        return (pixels(x) * log_det).expand(x.shape[0])
+        return x
 
 
 def condition_number(weight: Tensor) -> Tensor:
-    """Largest singular value over the smallest; infinite if the matrix is not finite."""
+    """Largest singular value over the smallest; infinite if the matrix is 0 or not finite."""
     if not weight.isfinite().all():
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)
-    return singular[0] / singular[-1]
+    return (singular[0] / singular[-1]).nan_to_num(math.inf, math.inf)  # 0 / 0 of W = 0

@@ -1,10 +1,8 @@
 """Affine coupling, and the split that factors out half of the channels with one."""
 
-import torch
 from torch import Tensor, nn
 
-from mflow_kernels import ops
-from mflow_kernels.layers.bijection import Bijection, run_instructions
+from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import (
     check_channels,
@@ -15,14 +13,54 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
-from mflow_kernels.reversible.couples import AdditiveCouple, AffineCouple
+from mflow_kernels.reversible.couples import AdditiveCouple, AffineCouple, Couple
 from mflow_kernels.reversible.instructions import Instruction, SplitOff
 from mflow_kernels.reversible.steps import Step, Steps
 
 
-class AffineCoupling(Bijection):
+class Coupling(Instructed):
+    """A coupling by a network, which is the caller's or `coupling_net`.
+
+    Args:
+        numbers: how many numbers of the network's output each element of x_b takes.
+        others: as for `AffineCoupling`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        net: nn.Module | None,
+        numbers: int,
+        width: int,
+        spatial_dims: int,
+        context_channels: int,
+    ) -> None:
+        super().__init__()
+        check_count("channels", channels, 2)
+        self.channels: int = channels
+        if net is None:
+            c_a = channels // 2
+            params = numbers * (channels - c_a)
+            net = coupling_net(c_a, params, width, spatial_dims, context_channels)
+        elif not isinstance(net, nn.Module):
+            raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+        self.net = net
+
+    def couple(self) -> Couple:
+        """The coupling that the layer's instructions run."""
+        raise NotImplementedError
+
+    def instructions(self) -> list[Instruction]:
+        return [Steps([Step(None, self.couple())], masked=self.masked)]
+
+    def checked(self, name: str, value: object) -> Tensor:
+        x = flow_state(name, value)
+        check_takes(self.net, name, x, self.channels)
+        return x
+
+
+class AffineCoupling(Coupling):
     """y_a = x_a, y_b = s * (x_b + shift) with (raw, shift) = net(x_a) (RealNVP, arXiv 1605.08803).
 
     x_a is the first half of the channels (the smaller one if C is odd), and x_b is the rest.
@@ -58,53 +96,17 @@ class AffineCoupling(Bijection):
         spatial_dims: int = 2,
         context_channels: int = 0,
     ) -> None:
-        super().__init__()
-        check_count("channels", channels, 2)
-        self.channels: int = channels
-        c_a = channels // 2
-        if net is None:
-            params = (1 if scale is None else 2) * (channels - c_a)
-            net = coupling_net(c_a, params, width, spatial_dims, context_channels)
-        elif not isinstance(net, nn.Module):
-            raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
-        self.net = net
+        numbers = 1 if scale is None else 2
+        super().__init__(channels, net, numbers, width, spatial_dims, context_channels)
         self.scale = None if scale is None else ScaleFunction.of(scale)
 
-    def instructions(self) -> list[Instruction]:
-        return [Steps([Step(None, self.couple())], masked=self.masked)]
-
     def couple(self) -> AffineCouple:
-        """The coupling that the layer's instructions run."""
         if self.scale is None:
             return AdditiveCouple(self.net)
         return AffineCouple(self.net, self.scale)
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.checked("x", x)
-        if self.masked:
-            return run_instructions(self, x, context)
-        return ops.affine_coupling(x, *self._params_and_scale(x, context))
 
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.checked("z", z)
-        if self.masked:
-            return run_instructions(self, z, context, inverse=True)
-        return ops.affine_coupling_inverse(z, *self._params_and_scale(z, context))
-
-    def checked(self, name: str, value: object) -> Tensor:
-        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
-        x = flow_state(name, value)
-        check_takes(self.net, name, x, self.channels)
-        return x
-
-    def _params_and_scale(
-        self, x: Tensor, context: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ScaleFunction]:
-        couple = self.couple()
-        return couple.checked(x, self.net(x[:, : x.shape[1] // 2], *context)), couple.scale
-
-
-class Split(Bijection):
+class Split(Instructed):
     """Factor out channels as a latent; by default half of them, after an affine coupling.
 
     `z = (kept, latent)`. The coupling is Glow's learned prior N(mean(x_a), sd(x_a)) of the half
@@ -151,21 +153,12 @@ class Split(Bijection):
         before = [] if self.coupling is None else self.coupling.instructions()
         return [*before, SplitOff(self.kept)]
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def checked(self, name: str, value: object) -> Tensor:
         if self.coupling is None:
-            check_channels("x", check_state("x", x), self.channels)
-            y, logdet = x, x.new_zeros(len(x), dtype=accumulator(x.dtype))
-        else:
-            y, logdet = self.coupling(x, *context)
-        return (y[:, : self.kept], y[:, self.kept :]), logdet
+            return super().checked(name, value)
+        return self.coupling.checked(name, value)
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
-        y = self._joined(z)
-        if self.coupling is None:
-            return y, y.new_zeros(len(y), dtype=accumulator(y.dtype))
-        return self.coupling.inverse(y, *context)
-
-    def _joined(self, z: object) -> Tensor:
         if not isinstance(z, tuple) or len(z) != 2:
             actual = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
             raise TypeError(f"z: expected a tuple (kept, latent), got {actual}")
@@ -175,7 +168,8 @@ class Split(Bijection):
         else:
             check_takes(self.coupling.net, "z[0]", kept, self.kept)
         check_latent("z[1]", z[1], kept, self.channels - self.kept, tuple(kept.shape[2:]))
-        return torch.cat(z, dim=1)
+        x, _, logdet = self._run(kept, z[1:], context, inverse=True)
+        return x, logdet
 
 
 def check_latent(

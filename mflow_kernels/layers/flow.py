@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.layers.coupling import AffineCoupling
+from mflow_kernels.layers.coupling import Coupling
 from mflow_kernels.layers.distribution import FlowDistribution
 from mflow_kernels.layers.model import Context, Model
-from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
@@ -128,9 +127,6 @@ class Flow(Bijection, Model):
         )
 
 
-_COUPLINGS = (AffineCoupling, SplineCoupling)
-
-
 def numbered(context: Any, model: nn.Module) -> Any:
     """Return the context with numbers in place of the names of classes.
 
@@ -194,7 +190,7 @@ def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
 
 
 def _first_network(flow: nn.Module) -> nn.Module | None:
-    return next((m.net for m in flow.modules() if isinstance(m, _COUPLINGS)), None)
+    return next((m.net for m in flow.modules() if isinstance(m, Coupling)), None)
 
 
 def _one_hot(own: Tensor, x: Tensor, classes: int) -> Tensor:

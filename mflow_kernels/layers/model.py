@@ -68,7 +68,8 @@ class Model:
             TypeError, ValueError: an image has another type or is smaller than `crop`, `n_bits` is
                 None, or the model's data are no images.
         """
-        shape, n_bits, like = self._image_shape(), self._n_bits(), _first_parameter(self)
+        shape, n_bits = self._image_shape(), self._n_bits()
+        like = next(cast(nn.Module, self).parameters(), torch.empty(0))
         levels = _models("images").crop_to_model(images, shape, self.crop)
         how = importlib.import_module("mflow_kernels.data.dequantization")
         levels = levels.to(like.device)
@@ -152,10 +153,6 @@ class Model:
                 "loaded"
             )
         return self.n_bits
-
-
-def _first_parameter(model: Any) -> Tensor:
-    return next(cast(nn.Module, model).parameters(), torch.empty(0))
 
 
 def _models(module: str) -> Any:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import (
@@ -15,7 +14,7 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
-from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.precision import autocast_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -44,8 +43,7 @@ def coupling_net(
         last: nn.Module = nn.Linear(width, out_channels)
     else:
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
-        pointwise = PointwiseConv2d(width) if spatial_dims == 2 else conv(width, width, 1)
-        layers = [conv(in_channels, width, 3, padding=1), pointwise]
+        layers = [conv(in_channels, width, 3, padding=1), conv(width, width, 1)]
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
@@ -171,7 +169,7 @@ def _is_relu(layer: Any) -> bool:
 def _is_same_convolution(layer: Any, side: int) -> bool:
     """Whether it is a plain convolution with kernel (side, side) that keeps the images' size."""
     return (
-        type(layer) in (nn.Conv2d, PointwiseConv2d)
+        type(layer) is nn.Conv2d
         and layer.kernel_size == (side, side)
         and layer.padding == (side // 2, side // 2)
         and layer.stride == layer.dilation == (1, 1)
@@ -182,10 +180,10 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether these modules have hooks, which a fused operator or sequence would not call."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-    return False
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 # The spatial axes that torch's layers expect.
@@ -220,81 +218,3 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     if autocast_dtype(x) != autocast_dtype(weight):
         expected, actual = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
         raise TypeError(f"{name}: expected the network's dtype {expected}, got {actual}")
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution of (N, width, H, W), faster on a CPU for small batches.
-
-    For fewer than 16 float32 images in channels_last, torch computes a matrix product at half the
-    speed of oneDNN's convolution. This module reshapes the pixels to 16 images instead. The result
-    is the same, because a 1x1 convolution treats each pixel by itself.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._reshaping_pays(x):
-            return _PointwiseFunction.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-    def _reshaping_pays(self, x: Tensor) -> bool:
-        return (
-            not transformed()
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.dim() == 4
-            and len(x) < IMAGES
-            and len(x) * x.shape[2] % IMAGES == 0
-            and x.numel() * self.out_channels >= MIN_MULTIPLICATIONS
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and type(x) is Tensor
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
-
-
-IMAGES = 16  # the smallest batch for which torch.conv2d uses oneDNN on one thread
-MIN_MULTIPLICATIONS = 4_000_000  # below these, reshaping gains nothing
-
-
-def _as_16_images(x: Tensor) -> Tensor:
-    """The pixels of x, in channels_last, as 16 images."""
-    n, c, h, w = x.shape
-    return x.permute(0, 2, 3, 1).view(IMAGES, n * h // IMAGES, w, c).permute(0, 3, 1, 2)
-
-
-class _PointwiseFunction(torch.autograd.Function):
-    """`F.conv2d` of `_as_16_images(x)`, with a backward that autograd can differentiate again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        y = F.conv2d(_as_16_images(x), weight, bias).contiguous(memory_format=torch.channels_last)
-        n, _, h, w = x.shape
-        c = len(weight)
-        # Not a view: autograd would copy it for the in-place ReLU that follows.
-        shape, strides = (n, c, h, w), (h * w * c, 1, w * c, c)
-        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), shape, strides)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy = _as_16_images(dy.contiguous(memory_format=torch.channels_last))
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy,
-            _as_16_images(x),
-            weight,
-            [len(weight)],
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            list(ctx.needs_input_grad),
-        )
-        if dx is not None:
-            n, c, h, w = x.shape
-            dx = dx.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return dx, dweight, dbias

@@ -6,54 +6,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.ops.checks import check_choice, check_state
-from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.reversible.instructions import Rearrange
+from mflow_kernels.layers.bijection import Instructed
+from mflow_kernels.ops.checks import check_choice
 from mflow_kernels.reversible.rearrangements import PairPixels, Reorder, SpaceToDepth
 
 
-class _Rearrangement(Bijection):
-    """A layer that is one `Rearrange` instruction."""
-
-    def _rearrange(self) -> Rearrange:
-        raise NotImplementedError
-
-    def instructions(self) -> list[Rearrange]:
-        return [self._rearrange()]
-
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return self._rearrange().shape(shape)
-
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rearrange().apply(check_state("x", x)), _zero(x)
-
-    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rearrange().inverse().apply(check_state("z", z)), _zero(z)
-
-
-def _zero(x: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[0], dtype=accumulator(x.dtype))
-
-
-class Squeeze(_Rearrangement):
+class Squeeze(Instructed):
     """(N, C, H, W) -> (N, 4C, H/2, W/2): each 2x2 block of a channel becomes four channels.
 
     The order of the channels is that of `F.pixel_unshuffle`.
     """
 
-    def _rearrange(self) -> SpaceToDepth:
-        return SpaceToDepth()
+    def instructions(self) -> list[SpaceToDepth]:
+        return [SpaceToDepth()]
 
 
-class Unsqueeze(_Rearrangement):
+class Unsqueeze(Instructed):
     """(N, 4C, H, W) -> (N, C, 2H, 2W): the inverse of `Squeeze`."""
 
-    def _rearrange(self) -> SpaceToDepth:
-        return SpaceToDepth(inverted=True)
+    def instructions(self) -> list[SpaceToDepth]:
+        return [SpaceToDepth(inverted=True)]
 
 
-class PixelPairs(_Rearrangement):
+class PixelPairs(Instructed):
     """(N, C, *spatial) -> (N, 2C, *spatial) with half as many pixels along the last axis.
 
     A coupling after it reads one set of pixels and changes the other: `PixelPairs(by)`, a coupling
@@ -74,11 +49,11 @@ class PixelPairs(_Rearrangement):
         check_choice("by", by, ("checkerboard", "halves", "neighbours"))
         self.by, self.inverted = by, inverted
 
-    def _rearrange(self) -> PairPixels:
-        return PairPixels(self.by, self.inverted)
+    def instructions(self) -> list[PairPixels]:
+        return [PairPixels(self.by, self.inverted)]
 
 
-class Permutation(_Rearrangement):
+class Permutation(Instructed):
     """A fixed permutation: entry i along an axis of z is entry index[i] of x.
 
     Args:
@@ -105,5 +80,5 @@ class Permutation(_Rearrangement):
         self.channels = len(index) if axis == "channels" else None
         self.register_buffer("index", index.long())
 
-    def _rearrange(self) -> Reorder:
-        return Reorder(self.index, self.axis == "pixels")
+    def instructions(self) -> list[Reorder]:
+        return [Reorder(self.index, self.axis == "pixels")]

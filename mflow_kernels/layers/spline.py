@@ -3,18 +3,12 @@
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from mflow_kernels.layers.bijection import Bijection, run_instructions
-from mflow_kernels.layers.networks import check_takes, coupling_net
-from mflow_kernels.ops.checks import check_count
-from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.layers.coupling import Coupling
 from mflow_kernels.ops.spline import SplineOptions, make_spline
-from mflow_kernels.ops.spline_coupling import couple_by_splines
 from mflow_kernels.reversible.couples import SplineCouple
-from mflow_kernels.reversible.instructions import Instruction
-from mflow_kernels.reversible.steps import Step, Steps
 
 
-class SplineCoupling(Bijection):
+class SplineCoupling(Coupling):
     """y_a = x_a, y_b = spline(x_b; net(x_a)) (Neural Spline Flows, arXiv 1906.04032).
 
     x_a is the first half of the channels (the smaller one if C is odd), and x_b is the rest. Each
@@ -51,45 +45,13 @@ class SplineCoupling(Bijection):
         context_channels: int = 0,
         **options: Unpack[SplineOptions],
     ) -> None:
-        super().__init__()
-        check_count("channels", channels, 2)
-        self.channels: int = channels
-        self.spline = make_spline(bins, bound, options)
-        c_a = channels // 2
+        spline = make_spline(bins, bound, options)
+        super().__init__(channels, net, spline.numbers, width, spatial_dims, context_channels)
+        self.spline = spline
         if net is None:
-            params = (channels - c_a) * self.spline.numbers
-            net = coupling_net(c_a, params, width, spatial_dims, context_channels)
-            last = list(net.children())[-1]
+            last = list(self.net.children())[-1]
             assert isinstance(last.bias, Tensor)
-            nn.init.constant_(last.bias, self.spline.identity)
-        elif not isinstance(net, nn.Module):
-            raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
-        self.net = net
-
-    def instructions(self) -> list[Instruction]:
-        return [Steps([Step(None, self.couple())], masked=self.masked)]
+            nn.init.constant_(last.bias, spline.identity)
 
     def couple(self) -> SplineCouple:
-        """The coupling that the layer's instructions run."""
         return SplineCouple(self.net, self.spline)
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run("x", x, context, inverse=False)
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run("z", z, context, inverse=True)
-
-    def checked(self, name: str, value: object) -> Tensor:
-        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
-        x = flow_state(name, value)
-        check_takes(self.net, name, x, self.channels)
-        return x
-
-    def _run(
-        self, name: str, x: object, context: tuple[Tensor, ...], inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        state = self.checked(name, x)
-        if self.masked:
-            return run_instructions(self, state, context, inverse=inverse)
-        params = self.net(state[:, : self.channels // 2], *context)
-        return couple_by_splines(state, params, self.spline, inverse, "net's output")

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import ActNorm, warn_if_not_initialized
-from mflow_kernels.layers.bijection import Bijection, run_instructions
+from mflow_kernels.layers.bijection import Instructed
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.folding import ActNormConv
@@ -17,7 +17,7 @@ from mflow_kernels.reversible.steps import Step, Steps
 CouplingKind = Literal["affine", "spline"]
 
 
-class FlowStep(Bijection):
+class FlowStep(Instructed):
     """Actnorm, invertible 1x1 convolution, coupling (Glow, arXiv 1807.03039, figure 2).
 
     Actnorm is folded into the convolution, so a step needs one launch for both and one for the
@@ -67,15 +67,14 @@ class FlowStep(Bijection):
     def instructions(self) -> list[Steps]:
         return [Steps([Step(self.linear, self.coupling.couple())], masked=self.masked)]
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.coupling.checked("x", x)
-        warn_if_not_initialized(self)
-        return run_instructions(self, x, context)
+    def checked(self, name: str, value: object) -> Tensor:
+        return self.coupling.checked(name, value)
 
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return run_instructions(self, self.coupling.checked("z", z), context, inverse=True)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        warn_if_not_initialized(self)
+        return super().forward(x, *context)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        self.coupling.checked("x", x)
+        self.checked("x", x)
         self.actnorm.set_from(x, *context)
         return self(x, *context)

@@ -56,14 +56,19 @@ class Kind(NamedTuple):
     arguments: Mapping[str, Read]
 
 
-def _kind(cls: type, make: Callable[..., Any] | None = None, /, **arguments: str | Read) -> Kind:
-    """A row of `KINDS`; a string names an attribute, with dots for attributes of attributes."""
-    reads = {n: attrgetter(a) if isinstance(a, str) else a for n, a in arguments.items()}
-    return Kind(cls, make or cls, reads)
+def _kind(
+    cls: type, names: str = "", make: Callable[..., Any] | None = None, /, **others: str | Read
+) -> Kind:
+    """A row of `KINDS`.
 
-
-def _dataclass(cls: Any) -> Kind:
-    return _kind(cls, **{field.name: field.name for field in dataclasses.fields(cls)})
+    Args:
+        names: the arguments that are attributes of the same name.
+        others: how to read the others; a string names an attribute, with dots for attributes of
+            attributes.
+    """
+    reads = dict(zip(names.split(), names.split(), strict=True)) | others
+    how = {n: attrgetter(a) if isinstance(a, str) else a for n, a in reads.items()}
+    return Kind(cls, make or cls, how)
 
 
 def _context_channels(flow: Glow | VectorFlow) -> int:
@@ -90,18 +95,8 @@ def _manifold_flow(
     return ManifoldFlow(flow, manifold_dim, objective=objective, prior=prior)
 
 
-_FLOW: dict[str, Any] = {
-    **{name: name for name in ("steps", "width", "coupling", "bins", "scale")},
-    "context_channels": _context_channels,
-    **{name: f"chain.{name}" for name in ("reversible", "checkpoint_every")},
-}
-_JET = {
-    name: name
-    for name in ("patch", "couplings", "depth", "width", "heads", "scale", "context_channels")
-} | {name: f"chain.{name}" for name in ("reversible", "checkpoint_every")}
-_CHAIN = {
-    name: name for name in ("layers", "reversible", "checkpoint_every", "input_shape", "masked")
-}
+_STORED = {name: f"chain.{name}" for name in ("reversible", "checkpoint_every")}
+_FLOW: dict[str, Any] = {"context_channels": _context_channels, **_STORED}
 
 
 def _spline_coupling(
@@ -111,75 +106,73 @@ def _spline_coupling(
     return SplineCoupling(channels, net, bound=interval, **options)  # type: ignore[arg-type]
 
 
-_STEP: dict[str, Any] = {
-    "channels": "channels",
-    "net": "coupling.net",
-    "coupling": lambda step: "spline" if hasattr(step.coupling, "spline") else "affine",
-    "bins": lambda step: step.coupling.spline.bins if hasattr(step.coupling, "spline") else 8,
-    "scale": lambda step: getattr(step.coupling, "scale", "tanh"),
-}
-
-
 def _of_prior(name: str, default: Any) -> Read:
     """An attribute of a split's coupling, if it has one."""
     return lambda split: default if split.coupling is None else getattr(split.coupling, name)
 
 
-_OBJECTIVE = {name: name for name in ("domain", "rho", "weight", "delta", "sigma")}
-
 KINDS = {
     kind.type.__name__: kind
     for kind in (
-        _kind(Glow, image_shape="input_shape", levels="levels", **_FLOW),
-        _kind(VectorFlow, dim=lambda flow: flow.input_shape[0], **_FLOW),
-        # The state dict has the orders of the channels, so the seed is not needed.
-        _kind(Jet, image_shape="input_shape", **_JET),
-        _kind(ReversibleChain, **_CHAIN),
+        _kind(Glow, "levels steps width coupling bins scale", image_shape="input_shape", **_FLOW),
         _kind(
-            ManifoldFlow,
-            _manifold_flow,
-            flow="flow",
-            manifold_dim="manifold_dim",
-            objective="objective",
-            prior="prior",
+            VectorFlow,
+            "steps width coupling bins scale",
+            dim=lambda flow: flow.input_shape[0],
+            **_FLOW,
         ),
-        _kind(GaussianMixture, dim="dim", components="components"),
-        _kind(HierarchicalFlow, stages="stages"),
+        # The state dict has the orders of the channels, so the seed is not needed.
+        _kind(
+            Jet,
+            "patch couplings depth width heads scale context_channels",
+            image_shape="input_shape",
+            **_STORED,
+        ),
+        _kind(ReversibleChain, "layers reversible checkpoint_every input_shape masked"),
+        _kind(ManifoldFlow, "flow manifold_dim objective prior", _manifold_flow),
+        _kind(GaussianMixture, "dim components"),
+        _kind(HierarchicalFlow, "stages"),
         _kind(ActNorm, channels=lambda layer: len(layer.bias)),
-        _kind(InvertibleConv1x1, channels="channels", n_split="n_split"),
-        _kind(AffineCoupling, channels="channels", net="net", scale="scale"),
+        _kind(InvertibleConv1x1, "channels n_split"),
+        _kind(AffineCoupling, "channels net scale"),
         _kind(
             SplineCoupling,
+            "channels net",
             _spline_coupling,
-            **{"channels": "channels", "net": "net"},
             **{field.name: f"spline.{field.name}" for field in dataclasses.fields(Spline)},
         ),
-        _kind(FlowStep, **_STEP),
+        _kind(
+            FlowStep,
+            "channels",
+            net="coupling.net",
+            coupling=lambda step: "spline" if hasattr(step.coupling, "spline") else "affine",
+            bins=lambda step: step.coupling.spline.bins if hasattr(step.coupling, "spline") else 8,
+            scale=lambda step: getattr(step.coupling, "scale", "tanh"),
+        ),
         _kind(
             Split,
-            channels="channels",
+            "channels kept",
             net=_of_prior("net", None),
             scale=_of_prior("scale", "tanh"),
-            kept="kept",
             prior=lambda split: split.coupling is not None,
         ),
         _kind(Squeeze),
         _kind(Unsqueeze),
-        _kind(PixelPairs, by="by", inverted="inverted"),
-        _kind(Permutation, index=lambda layer: layer.index.tolist(), axis="axis"),
+        _kind(PixelPairs, "by inverted"),
+        _kind(Permutation, "axis", index=lambda layer: layer.index.tolist()),
         _kind(
             CouplingNetwork,
+            "context_channels",
             coupling_net,
             in_channels=lambda net: _layer(net, "0").weight.shape[1] - net.context_channels,
             out_channels=lambda net: len(_layer(net, "4").weight),
             width=lambda net: len(_layer(net, "0").weight),
             spatial_dims=lambda net: _layer(net, "0").weight.dim() - 2,
-            context_channels="context_channels",
         ),
-        _kind(ManifoldObjective, **_OBJECTIVE),
-        _dataclass(WeightSchedule),
-        _dataclass(ErrorBound),
-        _dataclass(ScaleFunction),
+        _kind(ManifoldObjective, "domain rho weight delta sigma"),
+        _kind(WeightSchedule, "start end steps"),
+        _kind(ErrorBound, "error start"),
+        _kind(ScaleFunction, "kind offset eps clamp order"),
     )
 }
 # Arguments that the files of earlier versions lack, with the values that these versions used.
@@ -303,7 +296,7 @@ def _describe(value: Any, path: str) -> Any:
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    if isinstance(value, Tensor) or (isinstance(value, tuple) and _has_tensor(value)):
+    if any(isinstance(v, Tensor) for v in (value if isinstance(value, tuple) else (value,))):
         raise _refusal(f"{path}: expected a weight that is no map")
     if isinstance(value, (list, tuple, nn.ModuleList)):
         return [_describe(each, f"{path}[{i}]") for i, each in enumerate(value)]
@@ -322,10 +315,6 @@ def _describe(value: Any, path: str) -> Any:
             raise _refusal(f"{path}.{error}".lstrip(".")) from None
         description[argument] = _describe(found, f"{path}.{argument}".lstrip("."))
     return description
-
-
-def _has_tensor(values: tuple[Any, ...]) -> bool:
-    return any(isinstance(value, Tensor) for value in values)
 
 
 def _check_untied(model: nn.Module) -> None:

@@ -38,7 +38,6 @@ from mflow_kernels.models.volume import (
     random_signs,
 )
 from mflow_kernels.ops.checks import check_choice, check_count
-from mflow_kernels.ops.precision import without_autocast
 
 LARGEST_EXACT = 1024  # coordinates up to which the default method is exact
 
@@ -94,55 +93,36 @@ def local_dimension(
     each: Tensor | None = for_each(context, x, model)
     u, dimensions = chart.encode(x, context=each), math.prod(chart.input_shape)
 
-    def estimate(decode: Decode, u: Tensor) -> Estimate:
-        if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
-            value = _exact(decode, u, scale, dimensions, max_bytes)
-            return Estimate(value, torch.zeros_like(value))
-        parts = u.split(max(1, PASS_ELEMENTS // (dimensions * (probes + 1))))
-        found = [_estimate(decode, part, scale, probes, iterations, generator) for part in parts]
-        value, error = (torch.cat(column).to(u.dtype) for column in zip(*found, strict=True))
-        return Estimate(value, error)
+    def exact(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
+        found, start = [], 0
+        for jacobian in jacobians(decode, u, dimensions, max_bytes):
+            z = u[start : start + len(jacobian)].double()
+            start += len(jacobian)
+            _, singular, vectors = torch.linalg.svd(jacobian, full_matrices=False)
+            share, between = _shares(singular, scale)
+            along = (vectors @ z[:, :, None])[..., 0]
+            found.append((share + between * along.square()).sum(1))
+        value = torch.cat(found)
+        return value, torch.zeros_like(value)
 
-    with without_autocast(u):
-        if each is None:
-            return estimate(chart.decode, u)
-        return for_each_context(estimate, chart.decode, u, each)
+    def quadrature(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
+        n, d = u.shape
+        signs = random_signs(n * probes, u, generator).view(n, probes, d)
+        first = torch.cat([signs, u[:, None]], dim=1).flatten(0, 1)  # probes of a sample, then z
 
+        def of(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            share, between = _shares(nodes.clamp(min=0).sqrt(), scale)
+            trace, form = ((weights * f).sum(1).view(n, probes + 1) for f in (share, between))
+            value, error = mean_over_probes(trace[:, :-1])
+            return value + form[:, -1], error
 
-def _exact(decode: Decode, u: Tensor, scale: float, dimensions: int, max_bytes: int) -> Tensor:
-    """Return the local dimension (N,) at the latents u (N, d)."""
-    found, start = [], 0
-    for jacobian in jacobians(decode, u, dimensions, max_bytes):
-        z = u[start : start + len(jacobian)].double()
-        start += len(jacobian)
-        _, singular, vectors = torch.linalg.svd(jacobian, full_matrices=False)
-        share, between = _shares(singular, scale)
-        along = (vectors @ z[:, :, None])[..., 0]
-        found.append((share + between * along.square()).sum(1))
-    return torch.cat(found).to(u.dtype)
+        rows = u.repeat_interleave(probes + 1, 0)
+        return lanczos(metric(decode, rows), first, of, iterations)[:2]
 
-
-def _estimate(
-    decode: Decode,
-    u: Tensor,
-    scale: float,
-    probes: int,
-    iterations: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Return an estimate of the local dimension at u (n, d) and its error, (n,) each."""
-    n, d = u.shape
-    signs = random_signs(n * probes, u, generator).view(n, probes, d)
-    first = torch.cat([signs, u[:, None]], dim=1).flatten(0, 1)  # the probes of a sample, then z
-
-    def of_quadrature(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        share, between = _shares(nodes.clamp(min=0).sqrt(), scale)
-        trace, form = ((weights * f).sum(1).view(n, probes + 1) for f in (share, between))
-        value, error = mean_over_probes(trace[:, :-1])
-        return value + form[:, -1], error
-
-    rows = u.repeat_interleave(probes + 1, 0)
-    return lanczos(metric(decode, rows), first, of_quadrature, iterations)[:2]
+    if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
+        return for_each_context(exact, len(u), chart.decode, u, each)
+    most = max(1, PASS_ELEMENTS // (dimensions * (probes + 1)))
+    return for_each_context(quadrature, most, chart.decode, u, each)
 
 
 def _shares(singular: Tensor, scale: float) -> tuple[Tensor, Tensor]:

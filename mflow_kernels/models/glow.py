@@ -1,6 +1,6 @@
 """Glow on images, and the same kind of flow on vectors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,18 @@ class ChainFlow(Flow):
         net = _net(channels, self.width, network, self.context_channels, numbers)
         how: dict[str, Any] = {"coupling": self.coupling, "bins": self.bins, "scale": self.scale}
         return FlowStep(channels, **net, **how, spatial_dims=spatial_dims)
+
+    def _join(
+        self, layers: Sequence[nn.Module], reversible: bool, checkpoint_every: int | None
+    ) -> None:
+        """Set the chain and the shapes of its latents; `input_shape` is set before."""
+        self.chain = ReversibleChain(
+            layers,
+            reversible=reversible,
+            checkpoint_every=checkpoint_every,
+            input_shape=self.input_shape,
+        )
+        self.latent_shapes = cast(tuple[tuple[int, ...], ...], self.chain.latent_shapes)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Context | None = None
@@ -179,13 +191,7 @@ class Glow(ChainFlow):
             if level + 1 < levels:
                 layers.append(Split(c, **_net(c, width, network, context_channels), scale=scale))
                 c = c // 2
-        self.chain = ReversibleChain(
-            layers,
-            reversible=reversible,
-            checkpoint_every=checkpoint_every,
-            input_shape=self.input_shape,
-        )
-        self.latent_shapes = cast(tuple[tuple[int, ...], ...], self.chain.latent_shapes)
+        self._join(layers, reversible, checkpoint_every)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -232,14 +238,9 @@ class VectorFlow(ChainFlow):
         self.input_shape = (dim,)
         self.steps, self.width = steps, width
         self.coupling, self.bins, self.scale = coupling, bins, ScaleFunction.of(scale)
-        self.latent_shapes = ((dim,),)
         self.context_channels = _own_context_channels(context_channels, network)
-        self.chain = ReversibleChain(
-            [self._step(dim, network, 0) for _ in range(steps)],
-            reversible=reversible,
-            checkpoint_every=checkpoint_every,
-            input_shape=self.input_shape,
-        )
+        layers = [self._step(dim, network, 0) for _ in range(steps)]
+        self._join(layers, reversible, checkpoint_every)
 
 
 def check_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -72,13 +72,18 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
 
 def to_pillow(x: Tensor) -> list[Any]:
     """Return x (N, C, H, W) of a range from -1/2 to 1/2 as Pillow images, grey or RGB."""
-    from PIL import Image
-
     from mflow_kernels.data.dequantization import to_image
 
     if x.shape[1] not in (1, 3):
         raise ValueError(f"x: expected 1 or 3 channels, got {x.shape[1]}")
-    pixels = to_image(x.detach()).movedim(1, -1).cpu().numpy()
+    return pillow_images(to_image(x.detach()))
+
+
+def pillow_images(levels: Tensor) -> list[Any]:
+    """Return uint8 images (N, C, H, W), with C of 1 or 3, as Pillow images, grey or RGB."""
+    from PIL import Image
+
+    pixels = levels.movedim(1, -1).cpu().numpy()
     return [Image.fromarray(p[..., 0] if p.shape[2] == 1 else p) for p in pixels]
 
 

@@ -1,14 +1,13 @@
 """Jet: couplings whose networks are small vision transformers."""
 
 from contextlib import nullcontext
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mflow_kernels.layers import AffineCoupling, Permutation, PixelPairs, ReversibleChain, Squeeze
+from mflow_kernels.layers import AffineCoupling, Permutation, PixelPairs, Squeeze
 from mflow_kernels.layers.networks import with_context
 from mflow_kernels.models.glow import ChainFlow, check_image_shape
 from mflow_kernels.ops.checks import check_count
@@ -61,12 +60,12 @@ class Jet(ChainFlow):
     ) -> None:
         super().__init__()
         c, h, w = check_image_shape(image_shape)
-        numbers = {"patch": patch, "couplings": couplings, "depth": depth}
-        numbers |= {"width": width, "heads": heads}
-        for name, number in numbers.items():
-            check_count(name, number, 1)
-        for name, number in (("context_channels", context_channels), ("seed", seed)):
-            check_count(name, number, 0)
+        for name, number, least in (
+            *(("patch", patch, 1), ("couplings", couplings, 1), ("depth", depth, 1)),
+            *(("width", width, 1), ("heads", heads, 1), ("seed", seed, 0)),
+            ("context_channels", context_channels, 0),
+        ):
+            check_count(name, number, least)
         if patch & (patch - 1):
             raise ValueError(f"patch: expected a power of 2, got {patch}")
         if h % patch or w % (2 * patch):
@@ -106,13 +105,7 @@ class Jet(ChainFlow):
                 *([Permutation(swap)] if i % 2 else []),
                 PixelPairs("checkerboard", inverted=True),
             ]
-        self.chain = ReversibleChain(
-            layers,
-            reversible=reversible,
-            checkpoint_every=checkpoint_every,
-            input_shape=self.input_shape,
-        )
-        self.latent_shapes = cast(tuple[tuple[int, ...], ...], self.chain.latent_shapes)
+        self._join(layers, reversible, checkpoint_every)
 
 
 class TokenNetwork(nn.Module):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -77,22 +77,16 @@ def check_positive(name: str, value: object) -> None:
 
 def check_weight(weight: object, domain: Domain) -> Weight:
     """Return the weight as `ManifoldObjective` describes it, or raise TypeError or ValueError."""
-    if isinstance(weight, str):
-        if weight != "variance":
-            raise ValueError(f"weight: expected a number, a map or 'variance', got {weight!r}")
+    if isinstance(weight, str) and weight != "variance":
+        raise ValueError(f"weight: expected a number, a map or 'variance', got {weight!r}")
+    if isinstance(weight, (str, WeightSchedule, ErrorBound)):
         if domain == "latent":
+            actual = repr(weight) if isinstance(weight, str) else type(weight).__name__
             raise ValueError(
-                "weight: expected a number or a map in the latent domain, got 'variance': "
-                "stretching v would then lower the loss without bound"
+                f"weight: expected a number or a map in the latent domain, got {actual}: the "
+                "weight is part of the density there, and stretching v would lower it without bound"
             )
-        return "variance"
-    if isinstance(weight, (WeightSchedule, ErrorBound)):
-        if domain == "latent":
-            raise ValueError(
-                "weight: expected a number or a map in the latent domain, got "
-                f"{type(weight).__name__}: the weight is part of the density there"
-            )
-        return weight
+        return cast(Weight, weight)
     if isinstance(weight, (Tensor, tuple)):
         if isinstance(weight, tuple) != (domain == "latent"):
             kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"

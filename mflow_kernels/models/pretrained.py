@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,6 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16)}
 
 _M = TypeVar("_M", bound=Model)
-
-
-class _Stored(NamedTuple):
-    """The content of `model.json`."""
-
-    architecture: Any
-    dtype: torch.dtype
-    images: tuple[int | None, int | None, tuple[str, ...]]  # n_bits, crop and class_names
 
 
 def save(model: Any, folder: str | Path, overwrite: bool = False) -> None:
@@ -143,43 +135,29 @@ def read(folder: str | Path) -> Any:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a valid {WEIGHTS} in {folder} ({error})") from None
-    stored = _read_architecture(path / ARCHITECTURE)
+    architecture, dtype, images = _read_architecture(path / ARCHITECTURE)
     try:
-        check_size(stored.architecture, len(tensors), sum(t.numel() for t in tensors.values()))
-        model = build_empty(stored.architecture, stored.dtype)
+        check_size(architecture, len(tensors), sum(t.numel() for t in tensors.values()))
+        model = build_empty(architecture, dtype)
         expected = model.state_dict()
         for name in expected | tensors:
             own, found = expected.get(name), tensors.get(name)
             if own is None or found is None or own.shape != found.shape:
+                raise ValueError(f"{name} is only in one of the two files, or its shape differs")
+            if found.dtype != own.dtype or not found.isfinite().all():
                 raise ValueError(
-                    f"{name} is only in one of the two files, or its shape differs in "
-                    f"{path / WEIGHTS}"
+                    f"expected finite numbers of {own.dtype} in {name}, got others ({found.dtype})"
                 )
+        check_selection(tensors)
         classes = _classes(model)
-        if len(stored.images[2]) not in (0, classes):
-            raise ValueError(f"expected no class_names or {classes}, got {len(stored.images[2])}")
+        if len(images[2]) not in (0, classes):
+            raise ValueError(f"expected no class_names or {classes}, got {len(images[2])}")
     except Exception as error:  # constructors may fail in any way on values that nobody wrote
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason[:300]}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype != expected[name].dtype:
-            raise ValueError(
-                f"folder: expected {name} in {path / WEIGHTS} to be {expected[name].dtype}, "
-                f"got {tensor.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"folder: expected finite numbers in {path / WEIGHTS}, but {name} has others"
-            )
-    try:
-        check_selection(tensors)
-    except ValueError as error:
-        raise ValueError(
-            f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
-        ) from None
+        raise ValueError(f"folder: {ARCHITECTURE}, {WEIGHTS} in {folder}: {reason[:300]}") from None
     laid_out = {name: _laid_out(tensor, expected[name]) for name, tensor in tensors.items()}
     model.load_state_dict(laid_out, assign=True)
-    cast(Any, model).describe_images(*stored.images)
+    cast(Any, model).describe_images(*images)
     return model
 
 
@@ -223,8 +201,6 @@ def _as(cls: type[_M], model: Any, folder: str | Path) -> _M:
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor with the strides of `like`, on the CPU."""
-    if tensor.stride() == like.stride():
-        return tensor
     empty = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
     return empty.copy_(tensor)
 
@@ -240,15 +216,16 @@ def _short(path: Path) -> str:
     return text if len(text) < 300 else f"{text[:300]}..."
 
 
-def _read_architecture(path: Path) -> _Stored:
-    """Read `model.json`, and check all but the architecture."""
+def _read_architecture(path: Path) -> tuple[Any, torch.dtype, tuple[Any, Any, tuple[str, ...]]]:
+    """Read the architecture, the dtype, and (n_bits, crop, class_names) from `model.json`.
+
+    All but the architecture is checked.
+    """
     expected = f"folder: expected an architecture of mflow export in {path}"
     try:
         content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{expected} ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{expected}, got JSON that is nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _EARLIER):
         actual = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{expected} with format {_FORMAT!r}, got {actual!r}")
@@ -270,7 +247,7 @@ def _read_architecture(path: Path) -> _Stored:
         raise ValueError(
             f"{expected} with a model, dtype, n_bits, crop and class_names of an export"
         )
-    return _Stored(architecture, _DTYPES[dtype], (n_bits, crop, tuple(names)))
+    return architecture, _DTYPES[dtype], (n_bits, crop, tuple(names))
 
 
 def _are_of_images(n_bits: Any, crop: Any, names: Any) -> bool:

@@ -12,7 +12,7 @@ operators and chains run as plain torch in it. The model's own backward pass com
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -61,51 +61,61 @@ def log_volume(
     n, d = u.shape
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
-    if context is not None:
-        return for_each_context(
-            lambda own, row: log_volume(
-                own,
-                row,
-                dimensions,
-                method,
-                probes=probes,
-                iterations=iterations,
-                generator=generator,
-                max_bytes=max_bytes,
-            ),
-            decode,
-            u,
-            context,
-        )
-    with without_autocast(u):  # autocast's rounding would spoil the volume
-        if method == "exact":
-            hint = "; method='hutchinson' estimates the log-determinant in less memory"
-            found = jacobians(decode, u, dimensions, max_bytes, hint)
-            value = torch.cat([_log_volume_of(j) for j in found]).to(u.dtype)
-            return Estimate(value, torch.zeros_like(value))
-        parts = u.split(max(1, PASS_ELEMENTS // (dimensions * probes)))
-        return _joined([_stochastic(decode, part, probes, iterations, generator) for part in parts])
+
+    def exact(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
+        hint = "; method='hutchinson' estimates the log-determinant in less memory"
+        found = jacobians(decode, u, dimensions, max_bytes, hint)
+        diagonals = [torch.linalg.qr(j).R.diagonal(dim1=1, dim2=2) for j in found]
+        value = torch.cat(diagonals).abs().log().sum(1)
+        return value, torch.zeros_like(value)
+
+    def stochastic(decode: Decode, u: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(u)
+        z = random_signs(n * probes, u, generator)
+        rows = u.repeat_interleave(probes, 0)
+
+        def half_log(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            logs = nodes.clamp(min=torch.finfo(nodes.dtype).tiny).log()
+            return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
+
+        value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
+        value = value.to(u.dtype)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                solved = push_forward(decode, rows, solution)
+            # The difference below is 0 and only carries the gradient.
+            surrogate = (solved * push_forward(decode, rows, z)).sum(1).view(n, probes).mean(1)
+            value = value + (surrogate - surrogate.detach())
+        return value, error
+
+    if method == "exact":
+        return for_each_context(exact, n, decode, u, context)
+    most = max(1, PASS_ELEMENTS // (dimensions * probes))
+    return for_each_context(stochastic, most, decode, u, context)
 
 
 def for_each_context(
-    estimate: Callable[[Decode, Tensor], Estimate], decode: Decode, u: Tensor, context: Tensor
+    estimate: Callable[[Decode, Tensor], tuple[Tensor, Tensor]],
+    most: int,
+    decode: Decode,
+    u: Tensor,
+    context: Tensor | None,
 ) -> Estimate:
-    """Return `estimate(decode, u)`, for one sample and its context (N, *) at a time.
+    """Return the values and errors `estimate(decode, u)`, for at most `most` samples at a time.
 
-    An estimate decodes each sample many times.
+    With a context (N, *), one sample at a time: an estimate decodes each sample many times.
     """
-    rows = []
-    for row, own in zip(u.split(1), context.split(1), strict=True):
 
-        def decode_row(u: Tensor, own: Tensor = own) -> Tensor:
-            return decode(u, context=own.expand(len(u), *own.shape[1:]))
+    def of_row(row: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        return estimate(lambda u: decode(u, context=own.expand(len(u), *own.shape[1:])), row)
 
-        rows.append(estimate(decode_row, row))
-    return _joined(rows)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Estimate:
-    return Estimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    with without_autocast(u):  # autocast's rounding would spoil the result
+        if context is None:
+            parts = [estimate(decode, part) for part in u.split(most)]
+        else:
+            parts = list(map(of_row, u.split(1), context.split(1)))
+    value, error = (torch.cat(column).to(u.dtype) for column in zip(*parts, strict=True))
+    return Estimate(value, error)
 
 
 def jacobians(
@@ -146,35 +156,6 @@ def push_forward(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
         x = forward_ad.unpack_dual(decode(forward_ad.make_dual(u, v)))
         tangent = torch.zeros_like(x.primal) if x.tangent is None else x.tangent
         return tangent.flatten(1)
-
-
-def _log_volume_of(jacobian: Tensor) -> Tensor:
-    """Return 1/2 log det J^T J (n,) of Jacobians (n, D, d)."""
-    _, r = torch.linalg.qr(jacobian)
-    return r.diagonal(dim1=1, dim2=2).abs().log().sum(1)
-
-
-def _stochastic(
-    decode: Decode, u: Tensor, probes: int, iterations: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return the estimate and its error, (N,) each; the estimate carries the gradient."""
-    n = len(u)
-    z = random_signs(n * probes, u, generator)
-    rows = u.repeat_interleave(probes, 0)
-
-    def half_log(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        logs = nodes.clamp(min=torch.finfo(nodes.dtype).tiny).log()
-        return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
-
-    value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
-    value, error = value.to(u.dtype), error.to(u.dtype)
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            solved = push_forward(decode, rows, solution)
-        # The difference below is 0 and only carries the gradient.
-        surrogate = (solved * push_forward(decode, rows, z)).sum(1).view(n, probes).mean(1)
-        value = value + (surrogate - surrogate.detach())
-    return value, error
 
 
 def random_signs(rows: int, u: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -221,16 +202,20 @@ def lanczos(
     q = torch.where(length[:, None] > 0, z / length[:, None], any_direction)
     basis: list[Tensor] = []
     values: list[Tensor] = []
-    t = z.new_zeros((rows, 0, 0), dtype=torch.float64)
-    off_diagonal = z.new_zeros(rows, dtype=torch.float64)
-    largest = torch.zeros_like(off_diagonal)
-    active = torch.ones_like(off_diagonal, dtype=torch.bool)
+    largest = z.new_zeros(rows, dtype=torch.float64)
+    active = torch.ones_like(largest, dtype=torch.bool)
+    diagonals: list[Tensor] = []  # of the tridiagonal matrices t (rows, k, k)
+    below: list[Tensor] = []
     for _ in range(min(iterations, d)):
         basis.append(q)
         w = multiply(q)
         diagonal = (w * q).sum(1).double()
         # If a row's Krylov space is exhausted, append a decoupled 1, whose weight is 0.
-        t = _extended(t, torch.where(active, diagonal, 1.0), off_diagonal)
+        diagonals.append(torch.where(active, diagonal, 1.0))
+        t = torch.diag_embed(torch.stack(diagonals, 1))
+        if below:
+            side = torch.diag_embed(torch.stack(below, 1), -1)
+            t = t + side + side.mT
         nodes, vectors = torch.linalg.eigh(t)
         weights = (length[:, None] * vectors[:, 0]).square()
         value, error = estimate(nodes, weights)
@@ -245,7 +230,7 @@ def lanczos(
         missing = torch.zeros_like(value) if complete else _missing(values)
         if (missing <= error / 10).all():
             break
-        off_diagonal = torch.where(active, norm, 0.0)
+        below.append(torch.where(active, norm, 0.0))
         q = torch.where(active, 1 / norm, 0.0).to(z.dtype)[:, None] * w
     first = torch.zeros_like(t[:, :, 0])
     first[:, 0] = length
@@ -264,16 +249,6 @@ def _missing(values: list[Tensor]) -> Tensor:
     before, last = (values[-2] - values[-3]).abs(), (values[-1] - values[-2]).abs()
     ratio = torch.where(before > 0, last / before, 0.0).clamp(max=0.95)
     return last / (1 - ratio)
-
-
-def _extended(t: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
-    """Add one row and one column to the tridiagonal matrices t (rows, k, k)."""
-    k = t.shape[1]
-    extended = torch.nn.functional.pad(t, (0, 1, 0, 1))
-    extended[:, k, k] = diagonal
-    if k:
-        extended[:, k, k - 1] = extended[:, k - 1, k] = off_diagonal
-    return extended
 
 
 def mean_over_probes(each: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from mflow_kernels.ops.channel_products import (
 )
 from mflow_kernels.ops.checks import check_choice, check_device, check_shape, check_tensor
 from mflow_kernels.ops.launch import capturing, cusolver, transformed, uses_triton
-from mflow_kernels.ops.layouts import cut_net_input, flow_state, in_layout_of, net_input
+from mflow_kernels.ops.layouts import cut_net_input, flow_state, halves, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
 
@@ -111,10 +111,8 @@ def conv1x1_backward(
         dx, _, _ = launch_conv1x1(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_weight_gradient(dy, dnet, x, weight, precision)
     if cpu.serves_conv1x1(x):
-        c_a, dx = x.shape[1] // 2, torch.empty_like(x)
-        halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
-        dweight, dbias = cpu.sums(x, weight)
-        cpu.conv1x1_backward(*halves, dnet, weight, None, None, dx, dweight, dbias)
+        dx = torch.empty_like(x)
+        _, _, dweight, dbias = cpu.conv1x1_backward(halves(x), halves(dy), dnet, weight, dx)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]

@@ -104,7 +104,7 @@ def coupling_forward(
     if uses_triton(x):
         return launch_coupling(x, params, scale, inverse)
     if cpu.serves(x):
-        return cpu.couple(x, params, scale, inverse)
+        return cpu.change_half("coupling", x, params, scale.args, x.shape[1] // 2, inverse)
     y, ledger = affine_coupling_ref(x, params, scale, inverse)
     return in_layout_of(x, y), ledger
 
@@ -126,7 +126,8 @@ def coupling_backward(
     if uses_triton(x):
         return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
     if cpu.serves(x):
-        dx, dparams = cpu.couple_backward(dy, dledger[:, 0], x, params, scale, inverse)
+        how = scale.args, x.shape[1] // 2, inverse
+        dx, dparams = cpu.change_half_backward("coupling", dy, dledger[:, :1], x, params, *how)
         return in_layout_of(x, dx), in_layout_of(params, dparams)
     reference = partial(affine_coupling_ref, scale=scale, inverse=inverse)
     dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))

@@ -92,7 +92,7 @@ def _copy(
 
 
 @gluon.jit
-def _copy_w3(
+def copy_w3(
     to, w3, step, first, J: gl.constexpr, C_OUT: gl.constexpr, WIDTH: gl.constexpr,
     N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -193,13 +193,14 @@ def _hopper_network_kernel(
     w3_r = gl.allocate_shared_memory(T, [2, R, N], IN_R)
     sums = gl.zeros([P, J], gl.float32, OF_J)
     rest = gl.zeros([P, R], gl.float32, OF_R)
+    p_of_h2 = tile * P + gl.arange(0, P, gl.SliceLayout(1, ACC))
     p_of_j = tile * P + gl.arange(0, P, gl.SliceLayout(1, OF_J))
     p_of_r = tile * P + gl.arange(0, P, gl.SliceLayout(1, OF_R))
     for early in gl.static_range(STAGES - 1):
         _copy(ring, early, w2, 0, WIDTH, TURNS2, N, K, STAGES, WIDTH, WARPS)
     for block in range(WIDTH // N):
-        _copy_w3(w3_j.index(block % 2), w3, 3 * block, 0, J, C_OUT, WIDTH, N, WARPS)
-        _copy_w3(w3_r.index(block % 2), w3, 3 * block, J, R, C_OUT, WIDTH, N, WARPS)
+        copy_w3(w3_j.index(block % 2), w3, 3 * block, 0, J, C_OUT, WIDTH, N, WARPS)
+        copy_w3(w3_r.index(block % 2), w3, 3 * block, J, R, C_OUT, WIDTH, N, WARPS)
         async_copy.commit_group()
         acc = gl.zeros([P, N], gl.float32, ACC)
         for held in range(WIDTH // N):
@@ -213,23 +214,21 @@ def _hopper_network_kernel(
         h2_r = _relu(acc, b2, block * N + n, T)
         if h2 is not None:
             gl.store(h2 + hidden + block * N, gl.convert_layout(h2_r, WIDE), mask=own)
-        of_j = gl.convert_layout(h2_r, gl.DotOperandLayout(0, OF_J, 2))
-        of_r = gl.convert_layout(h2_r, gl.DotOperandLayout(0, OF_R, 2))
         for column in gl.static_range(3):
             step = 3 * block + column
             async_copy.wait_group(0)
             fence_async_shared()
             now_j, now_r = w3_j.index(step % 2), w3_r.index(step % 2)
             if column < 2:
-                _copy_w3(w3_j.index((step + 1) % 2), w3, step + 1, 0, J, C_OUT, WIDTH, N, WARPS)
-                _copy_w3(w3_r.index((step + 1) % 2), w3, step + 1, J, R, C_OUT, WIDTH, N, WARPS)
+                copy_w3(w3_j.index((step + 1) % 2), w3, step + 1, 0, J, C_OUT, WIDTH, N, WARPS)
+                copy_w3(w3_r.index((step + 1) % 2), w3, step + 1, J, R, C_OUT, WIDTH, N, WARPS)
                 async_copy.commit_group()
-            taps = gl.zeros([P, J], gl.float32, OF_J)
-            taps = warpgroup_mma(of_j, now_j.permute((1, 0)), taps)
-            sums += from_neighbour(taps, p_of_j, W, column - 1, P, J)
-            taps = gl.zeros([P, R], gl.float32, OF_R)
-            taps = warpgroup_mma(of_r, now_r.permute((1, 0)), taps)
-            rest += from_neighbour(taps, p_of_r, W, column - 1, P, R)
+            # Neighbours of h2 take less room than those of the sums, which have float32.
+            moved = from_neighbour(h2_r, p_of_h2, W, column - 1, P, N)
+            of_j = gl.convert_layout(moved, gl.DotOperandLayout(0, OF_J, 2))
+            sums = warpgroup_mma(of_j, now_j.permute((1, 0)), sums)
+            of_r = gl.convert_layout(moved, gl.DotOperandLayout(0, OF_R, 2))
+            rest = warpgroup_mma(of_r, now_r.permute((1, 0)), rest)
     async_copy.wait_group(0)
     store_rows(row_sums, sums, p_of_j.to(gl.int64), 0, 3 * C_OUT, P, J, PIXELS, p_of_j, WARPS)
     store_rows(row_sums, rest, p_of_r.to(gl.int64), J, 3 * C_OUT, P, R, PIXELS, p_of_r, WARPS)

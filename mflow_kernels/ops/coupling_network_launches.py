@@ -35,7 +35,10 @@ from mflow_kernels.ops.launch import architecture, launch, on_gpu
 
 if GLUON:
     from mflow_kernels.ops.coupling_network_hopper import _hopper_network_kernel
-    from mflow_kernels.ops.coupling_network_hopper_backward import _hopper_dh1_kernel
+    from mflow_kernels.ops.coupling_network_hopper_backward import (
+        _hopper_dh1_kernel,
+        _hopper_dh2_kernel,
+    )
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -107,24 +110,25 @@ def _sum_taps_grid(pixels: int, channels: int) -> tuple[tuple[int, int], Constan
 
 
 @cache
-def _dh2_grid(s: Shape, arch: int, weights: bool) -> tuple[int, int, Constants]:
-    """Blocks of hidden channels, tiles of pixels, and the kernel's constants."""
+def _dh2_grid(s: Shape, arch: int, weights: bool) -> tuple[Any, int, int, Constants]:
+    """The kernel, blocks of hidden channels, tiles of pixels, and the kernel's constants."""
     tile = dh2_tile(s, arch)
-    return (
-        cdiv(s.width, tile.block_d),
-        cdiv(s.pixels, tile.block_p),
-        dict(
-            flops=(1 + weights) * s.flops[2],
-            WIDTH=s.width,
-            C_OUT=s.c_out,
-            TAPS=s.taps,
-            BLOCK_P=tile.block_p,
-            BLOCK_D=tile.block_d,
-            BLOCK_J=tile.block_j,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        ),
+    constants = dict(
+        flops=(1 + weights) * s.flops[2],
+        WIDTH=s.width,
+        C_OUT=s.c_out,
+        BLOCK_P=tile.block_p,
+        BLOCK_D=tile.block_d,
+        BLOCK_J=tile.block_j,
+        num_warps=tile.warps,
     )
+    kernel = _dh2_kernel
+    if tile.gluon:
+        kernel = _hopper_dh2_kernel
+        constants |= dict(BLOCK_R=tile.block_r)
+    else:
+        constants |= dict(TAPS=s.taps, num_stages=tile.stages)
+    return kernel, cdiv(s.width, tile.block_d), cdiv(s.pixels, tile.block_p), constants
 
 
 @cache
@@ -230,7 +234,7 @@ def launch_network_backward(
     wide networks; see `network_backward`."""
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     w1, w2, w3 = s.unpack(packed)
-    blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device), weights)
+    kernel2, blocks2, tiles2, constants2 = _dh2_grid(s, architecture(x.device), weights)
     kernel1, blocks1, tiles1, stored, constants1 = _dh1_grid(s, architecture(x.device), weights)
     sums = s.sums
     numbers1, numbers2 = (sum(sums[:3]), sum(sums[3:])) if weights else (0, 0)
@@ -248,7 +252,7 @@ def launch_network_backward(
     taps = empty_images(x, blocks1 * stored * s.c_in)
     images = s.pixels, s.height, s.image_width
     launch(
-        _dh2_kernel,
+        kernel2,
         (splits2, blocks2),
         dparams,
         h2,

@@ -131,22 +131,22 @@ class Tiles(NamedTuple):
 # padded or masked otherwise and need other registers, have the tiles of the functions below.
 HOPPER_TILES = {
     (12, True): Tiles(
-        Tile(128, 128, 32, 32, 8, 3, 16),
+        Tile(128, 128, 32, 32, 8, 3, 8),
         Tile(128, 64, 0, 128, 8),
         Tile(128, 64, 128, 0, 8, 1, 32, held=True),
     ),
     (12, False): Tiles(
-        Tile(128, 128, 32, 32, 8, 3, 16),
+        Tile(128, 128, 32, 32, 8, 3, 8),
         Tile(128, 64, 0, 128, 8),
         Tile(128, 128, 64, 0, 8, held=True),
     ),
     (24, True): Tiles(
-        Tile(128, 128, 16, 64, 8, 3, 16),
+        Tile(128, 128, 16, 64, 8, 3, 8),
         Tile(64, 64, 0, 256, 8),
         Tile(128, 64, 128, 0, 8, 1, 64, held=True),
     ),
     (24, False): Tiles(
-        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
+        Tile(128, 128, 16, 64, 8, 3, 8), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
     ),
     # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
     # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
@@ -160,18 +160,27 @@ HOPPER_TILES = {
     ),
 }
 
-# Tiles of the kernels in Gluon, by C_out. With 128 hidden channels, which are one block, plain
-# Triton computes h1 once too; with 384, eight bytes would spill.
-GLUON_WIDTHS = (256, 512)
+# Tiles of the kernels in Gluon, likewise. With 128 hidden channels, which are one block, plain
+# Triton computes h1 once too if a level has few columns of taps; with 384, eight bytes would spill.
+GLUON_WIDTHS = (128, 256, 512)
 GLUON_TILES = {
-    12: HOPPER_TILES[12, False]._replace(forward=Tile(128, 128, 32, 32, 8, 3, 16, gluon=True)),
-    24: HOPPER_TILES[24, False]._replace(
-        forward=Tile(128, 128, 32, 64, 8, 3, 16, gluon=True),
-        dh1=Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
+    (12, False): HOPPER_TILES[12, False]._replace(
+        forward=Tile(128, 128, 32, 32, 8, 3, 8, gluon=True),
+        dh2=Tile(128, 64, 0, 32, 8, 1, 16, gluon=True),
     ),
-    48: HOPPER_TILES[48, False]._replace(
-        forward=Tile(64, 128, 64, 128, 8, 3, 16, gluon=True),
-        dh1=Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
+    (24, False): Tiles(
+        Tile(128, 128, 32, 64, 8, 3, 8, gluon=True),
+        Tile(128, 64, 0, 64, 8, 1, 16, gluon=True),
+        Tile(64, 128, 32, 32, 8, 4, 16, gluon=True),
+    ),
+    (48, True): HOPPER_TILES[48, True]._replace(
+        forward=Tile(128, 64, 64, 128, 8, 3, 16, gluon=True),
+        dh1=Tile(128, 32, 64, 64, 8, 2, 16, gluon=True),
+    ),
+    (48, False): Tiles(
+        Tile(128, 64, 64, 128, 8, 3, 16, gluon=True),
+        Tile(64, 64, 0, 128, 8, 1, 16, gluon=True),
+        Tile(64, 64, 64, 64, 8, 3, 16, gluon=True),
     ),
 }
 
@@ -181,10 +190,11 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
     if not known or s.c_out != 2 * s.c_in or s.width % 128:
         return None
-    found = GLUON_TILES.get(s.c_out) if GLUON and s.width in GLUON_WIDTHS else None
+    key = s.c_out, s.width <= DW2_WIDTH
+    found = GLUON_TILES.get(key) if GLUON and s.width in GLUON_WIDTHS else None
     if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
         return found
-    return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
+    return HOPPER_TILES.get(key)
 
 
 def geforce(arch: int) -> bool:
@@ -273,14 +283,14 @@ def splits(s: Shape, tile: Tile, numbers: int, card: int) -> int:
     A launch without partial sums has two programs for each multiprocessor. If each program stores
     partial sums of `numbers` numbers, the launch has one for each multiprocessor, because more
     would only write more sums: a program's registers leave no room for a second one. Each then has
-    at least `FEWEST_PIXELS`, and all sums have at most half the bytes of a hidden tensor.
+    at least `FEWEST_PIXELS`, and all sums have at most the bytes of a hidden tensor.
     """
     blocks = cdiv(s.width, tile.block_d)
     tiles = cdiv(s.pixels, tile.block_p)
     if not numbers:
         return max(1, min(tiles, 2 * card // blocks))
-    half = s.itemsize * s.pixels * s.width // 2
-    return max(1, min(s.pixels // FEWEST_PIXELS, card // blocks, half // (4 * numbers)))
+    most = s.itemsize * s.pixels * s.width // (4 * numbers)
+    return max(1, min(s.pixels // FEWEST_PIXELS, card // blocks, most))
 
 
 def partial_sums(s: Shape, weights: bool, device: torch.device) -> tuple[int, int, int]:

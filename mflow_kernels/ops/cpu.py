@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.launch import is_walked, noted, transformed
-from mflow_kernels.ops.layouts import dense_pixels, net_input
+from mflow_kernels.ops.layouts import dense_pixels, halves, net_input
 from mflow_kernels.ops.partial_sums import empty_partial_sums
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -59,19 +59,47 @@ def serves_conv1x1(x: Tensor) -> bool:
     return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
 
 
-def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Compute `coupling.affine_coupling_ref`."""
+def change_half(
+    loop: str,
+    x: Tensor,
+    params: Tensor,
+    options: tuple[object, ...],
+    identity_channels: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute `coupling.affine_coupling_ref` or `rational_quadratic.transform_ref`.
+
+    Args:
+        loop: "coupling" or "spline".
+        options: `ScaleFunction.args` or `Spline.args`.
+        identity_channels: number of channels that pass through; 0 if the tensors are halves.
+    """
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _run("couple", x, params, y, ledger, scale.args, inverse)
+    _run(loop, identity_channels, x, params, y, ledger, options, inverse)
     return y, ledger
 
 
-def couple_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+def change_half_backward(
+    loop: str,
+    dy: Tensor,
+    dlogdet: Tensor,
+    given: Tensor,
+    params: Tensor,
+    options: tuple[object, ...],
+    identity_channels: int,
+    inverse: bool,
+    rebuilt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `coupling.affine_coupling_ref`, with dlogdet (N,)."""
-    return _coupling_backward(x, None, dy, dlogdet, params, scale, inverse, x.shape[1] // 2)
+    """Compute the gradients dx and dparams of `change_half`, with dlogdet (N,) or (N, 1).
+
+    `given` is x, or y if `rebuilt` receives the half x of a coupling.
+    """
+    given, params = dense_pixels(given), dense_pixels(params)
+    dx, dparams = torch.empty_like(given), torch.empty_like(params, dtype=given.dtype)
+    arguments = identity_channels, given, params, dy, dlogdet, rebuilt, dx, dparams
+    _run(f"{loop}_backward", *arguments, options, inverse)
+    return dx, dparams.to(params.dtype)
 
 
 def rebuild_coupling(
@@ -86,73 +114,15 @@ def rebuild_coupling(
     """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = torch.empty_like(z_b)
-    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, 0)
+
+    def backward(given: Tensor, rebuilt: Tensor | None) -> tuple[Tensor, Tensor]:
+        how = params, scale.args, 0, inverse, rebuilt
+        return change_half_backward("coupling", dz_b, dlogdet, given, *how)
+
+    dy_b, dparams = backward(z_b, y_b)
     if true_b is not None:
-        given = true_b, None
-        dy_b, dparams = _coupling_backward(*given, dz_b, dlogdet, params, scale, inverse, 0)
+        dy_b, dparams = backward(true_b, None)
     return y_b, dy_b, dparams
-
-
-def _coupling_backward(
-    given: Tensor,
-    rebuilt: Tensor | None,
-    dz: Tensor,
-    dlogdet: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    identity_channels: int,
-) -> tuple[Tensor, Tensor]:
-    """dy and dparams of a coupling y -> z.
-
-    Args:
-        given: z if `rebuilt` receives y, otherwise y.
-        rebuilt: receives y, or None.
-        identity_channels: number of channels that the coupling passes through; 0 if the tensors are
-            halves.
-    """
-    dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
-    dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
-    _run(
-        "coupling_backward",
-        identity_channels,
-        given,
-        params,
-        dz,
-        dlogdet,
-        rebuilt,
-        dy,
-        dparams,
-        scale.args,
-        inverse,
-    )
-    return dy, dparams.to(params.dtype)
-
-
-def spline(
-    x: Tensor, params: Tensor, spline_args: tuple[object, ...], identity: int, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute `rational_quadratic.transform_ref`. `spline_args` are `Spline.args`."""
-    x = dense_pixels(x)
-    y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _run("spline", identity, x, params, y, ledger, spline_args, inverse)
-    return y, ledger
-
-
-def spline_backward(
-    dy: Tensor,
-    dlogdet: Tensor,
-    x: Tensor,
-    params: Tensor,
-    spline_args: tuple[object, ...],
-    identity: int,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `rational_quadratic.transform_ref`, with dlogdet (N,)."""
-    x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
-    dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
-    _run("spline_backward", identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse)
-    return dx, dparams.to(params.dtype)
 
 
 def conv1x1(
@@ -173,18 +143,8 @@ def conv1x1(
     net = net_input(y, net_dtype)
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
     cut = net_dtype == x.dtype
-    _run(
-        "conv1x1",
-        x,
-        params,
-        weight,
-        bias,
-        y,
-        net if cut else None,
-        ledger,
-        () if scale is None else scale.args,
-        inverse,
-    )
+    how = () if scale is None else scale.args, inverse
+    _run("conv1x1", x, params, weight, bias, y, net if cut else None, ledger, *how)
     if net_dtype is not None and not cut:
         net.copy_(y[:, : net.shape[1]])
     return y, net, ledger
@@ -206,23 +166,11 @@ def coupling_conv1x1_backward(
     One stride must reach the pixels of x and params (`dense_pixels`). dledger is (N, 1).
     """
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
-    outer_sum, dbias = sums(x, weight)
-    _run(
-        "coupling_conv1x1_backward",
-        x,
-        params,
-        dy,
-        dnet,
-        dledger,
-        weight,
-        dx,
-        dparams,
-        outer_sum,
-        dbias,
-        scale.args,
-        inverse,
+    coupling = params, dparams, dledger, scale.args, inverse
+    _, _, dweight, dbias = conv1x1_backward(
+        halves(x), halves(dy), dnet, weight, dx, coupling=coupling
     )
-    return dx, dparams.to(params.dtype), outer_sum, dbias
+    return dx, dparams.to(params.dtype), dweight, dbias
 
 
 def conv1x1_backward(
@@ -230,48 +178,29 @@ def conv1x1_backward(
     dy: tuple[Tensor, Tensor],
     dnet: Tensor | None,
     weight: Tensor,
-    weight_inverse: Tensor | None,
-    bias: Tensor | None,
     dx: Tensor,
-    outer_sum: Tensor,
-    dbias: Tensor,
+    weight_inverse: Tensor | None = None,
+    bias: Tensor | None = None,
     net_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Compute `rebuild_conv1x1_ref`: fill dx, outer_sum (1, C, C) and dbias (1, C).
+    sums: tuple[Tensor, Tensor] | None = None,
+    coupling: tuple[object, ...] = (None, None, None, (), False),
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Compute `rebuild_conv1x1_ref`: fill dx, and the sums outer_sum (1, C, C) and dbias (1, C).
 
-    Returns x, allocated like dx, and the network input cut from it. Without weight_inverse, x is
-    None and the network input is empty.
+    Returns x, allocated like dx, the network input cut from it, and the sums. Without
+    weight_inverse, x is None, the network input is empty, and y holds the halves of x.
     """
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
     cut = x is not None and net_dtype == dx.dtype
+    if sums is None:
+        outer_sum = empty_partial_sums(weight)
+        sums = outer_sum, outer_sum.new_empty(outer_sum.shape[:2])
     if not dx.numel():
-        outer_sum.zero_()
-        dbias.zero_()
-    _run(
-        "conv1x1_backward",
-        y,
-        dy,
-        dnet,
-        weight,
-        bias,
-        weight_inverse,
-        x,
-        net if cut else None,
-        dx,
-        outer_sum,
-        dbias,
-    )
+        sums[0].zero_()
+        sums[1].zero_()
+    results = x, net if cut else None, dx, *sums
+    _run("conv1x1_backward", y, dy, dnet, weight, bias, weight_inverse, *results, *coupling)
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
-    return x, net
-
-
-def sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors for one partial sum of dW, shaped as weight, and one of d bias.
-
-    They are zeros if the batch is empty.
-    """
-    dweight = empty_partial_sums(weight)
-    dbias = dweight.new_empty(dweight.shape[:2])
-    return (dweight, dbias) if x.numel() else (dweight.zero_(), dbias.zero_())
+    return x, net, *sums

@@ -17,6 +17,12 @@ def pixels(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves x_a, with C // 2 channels, and x_b of a state, as views."""
+    c_a = x.shape[1] // 2
+    return x[:, :c_a], x[:, c_a:]
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Steps, in elements, to the next sample, channel and pixel of a tensor that `dense_pixels`
     returned. It is a plain tuple, because each launch asks for several."""

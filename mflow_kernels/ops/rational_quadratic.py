@@ -120,7 +120,7 @@ def spline_forward(
         _launch(spline_fwd_kernel, x, *tensors, spline=spline, identity=identity, inverse=inverse)
         return y, ledger
     if cpu.serves(x):
-        return cpu.spline(x, params, spline.args, identity, inverse)
+        return cpu.change_half("spline", x, params, spline.args, identity, inverse)
     y, ledger = transform_ref(x, params, spline, identity, inverse)
     return in_layout_of(x, y), ledger
 
@@ -155,8 +155,8 @@ def spline_backward(
         )
         return dx, dparams
     if cpu.serves(x):
-        logs = dledger[:, 0]
-        dx, dparams = cpu.spline_backward(dy, logs, x, params, spline.args, identity, inverse)
+        how = spline.args, identity, inverse
+        dx, dparams = cpu.change_half_backward("spline", dy, dledger[:, :1], x, params, *how)
     else:
         reference = partial(transform_ref, spline=spline, identity=identity, inverse=inverse)
         dx, dparams = gradients_of(reference, (x, params), (dy, dledger[:, :1]))

@@ -34,7 +34,7 @@ from mflow_kernels.ops.addresses import KernelState, strided, strided_halves
 from mflow_kernels.ops.channel_products import arithmetic
 from mflow_kernels.ops.compiler import cdiv, next_power_of_2, triton
 from mflow_kernels.ops.launch import architecture, launch, uses_triton
-from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
+from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, halves, pixels
 from mflow_kernels.ops.partial_sums import count_partial_sums, multiprocessors
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
@@ -72,9 +72,7 @@ def in_one_piece(
     x: Tensor, dx: Tensor, net: Tensor | None, outer_sum: Tensor, dbias: Tensor
 ) -> RebuiltConv1x1:
     """Results whose halves are views of whole states."""
-    c_a = dx.shape[1] // 2
-    x_halves, dx_halves = ((t[:, :c_a], t[:, c_a:]) for t in (x, dx))
-    return RebuiltConv1x1(x_halves, dx_halves, (x, dx), net, outer_sum, dbias)
+    return RebuiltConv1x1(halves(x), halves(dx), (x, dx), net, outer_sum, dbias)
 
 
 def rebuild_conv1x1_ref(
@@ -282,26 +280,15 @@ def rebuild_conv1x1(
         outer_sum, dbias: receive the partial sums, (splits, C, C) and (splits, C), contiguous, with
             `rebuild_splits` splits.
     """
+    given = y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last
     if uses_triton(y[0]):
-        return launch_rebuild_conv1x1(
-            y,
-            dy,
-            dnet,
-            weight,
-            weight_inverse,
-            bias,
-            net_dtype,
-            channels_last,
-            separate_halves,
-            outer_sum,
-            dbias,
-        )
+        return launch_rebuild_conv1x1(*given, separate_halves, outer_sum, dbias)
     if weight.shape[0] <= cpu.CONV1X1_MAX_CHANNELS and cpu.serves(y[1]):
-        dx = empty_state(y[1], weight.shape[0], channels_last)
-        x, net = cpu.conv1x1_backward(
-            y, dy, dnet, weight, weight_inverse, bias, dx, outer_sum, dbias, net_dtype
+        dx, sums = empty_state(y[1], weight.shape[0], channels_last), (outer_sum, dbias)
+        x, net, _, _ = cpu.conv1x1_backward(
+            y, dy, dnet, weight, dx, weight_inverse, bias, net_dtype, sums
         )
         assert x is not None
         return in_one_piece(x, dx, net if net_dtype is not None else None, outer_sum, dbias)
-    made = rebuild_conv1x1_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
+    made = rebuild_conv1x1_ref(*given)
     return made._replace(outer_sum=outer_sum.copy_(made.outer_sum), dbias=dbias.copy_(made.dbias))

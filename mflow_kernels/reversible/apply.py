@@ -113,28 +113,23 @@ def _result(
     return Result(x, latents, ledger, log_det)
 
 
+@dataclass(kw_only=True)
 class _RecordingPass(ForwardPass):
     """A forward pass without gradients, which stores every k-th state and the random state of each
     call that draws."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        waiting: list[Tensor],
-        context: Sequence[Tensor],
-        ordinals: "count[int]",
-        every: int | None,
-    ) -> None:
-        super().__init__(x, waiting, context)
-        self.calls: list[RerunCall] = []
-        self.stored: dict[int, Stored] = {}
-        self._ordinals, self._every = ordinals, every
-        self._random = random_state(x.device)
+    ordinals: "count[int]"
+    every: int | None
+    calls: list[RerunCall] = field(default_factory=list)
+    stored: dict[int, Stored] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = random_state(self.x.device)
 
     def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
-        again = RerunCall(call, next(self._ordinals))
+        again = RerunCall(call, next(self.ordinals))
         self.calls.append(again)
-        if self._every is not None and again.ordinal % self._every == 0:
+        if self.every is not None and again.ordinal % self.every == 0:
             self.stored[again.ordinal] = Stored(x, module_input)
         result = again.first_run(module_input, self.context)
         # Only modules draw random numbers, so each starts from the state that the last one left.
@@ -210,9 +205,8 @@ def _apply_reversibly(
         folded = [i.fold(dtype, lean=True) for i in part]
         first = len(waiting) - sum(i.joins for i in part)
         joined, waiting = waiting[first:], waiting[:first]
-        forward = _RecordingPass(
-            x.detach(), [z.detach() for z in joined], detached, ordinals, checkpoint_every
-        )
+        given = x.detach(), [z.detach() for z in joined], detached
+        forward = _RecordingPass(*given, ordinals=ordinals, every=checkpoint_every)
         with torch.no_grad(), torch.autocast(**record.autocast):
             shared_pixels = _run(part, folded, forward)
         shared += _shared(folded, shared_pixels)

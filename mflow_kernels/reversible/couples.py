@@ -29,7 +29,7 @@ from mflow_kernels.ops.rational_quadratic import (
 from mflow_kernels.ops.rebuild_coupling import RebuiltCoupling, rebuild_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.spline import Spline
-from mflow_kernels.reversible.instructions import Call, Pair
+from mflow_kernels.reversible.instructions import Call, Directed, Pair
 from mflow_kernels.reversible.masks import mask_at
 
 PRECISION = "tf32x3"
@@ -46,7 +46,7 @@ def operator_form(registered: Any, eager: Any, plain: Any) -> Any:
     return eager if torch.is_grad_enabled() and not transformed() else plain
 
 
-class Couple:
+class Couple(Directed):
     """A coupling, or its inverse: the first half of the channels (rounded down) stays, and the
     network's output for it, params, says how the second half changes.
 
@@ -96,9 +96,6 @@ class Couple:
         """
         raise NotImplementedError
 
-    def inverse(self) -> "Couple":
-        raise NotImplementedError
-
 
 class AffineCouple(Couple):
     """The affine coupling with this network, or its inverse."""
@@ -133,9 +130,6 @@ class AffineCouple(Couple):
     ) -> RebuiltCoupling:
         return rebuild_coupling(z_b, dz_b, dlogdet, params, self.scale, self.inverted, true_b)
 
-    def inverse(self) -> "AffineCouple":
-        return AffineCouple(self.net, self.scale, not self.inverted)
-
 
 class AdditiveCouple(AffineCouple):
     """The coupling y_b = x_b + shift, or its inverse: the network returns the shift (N, C_b, ...).
@@ -143,8 +137,8 @@ class AdditiveCouple(AffineCouple):
     The launches are those of an affine coupling with raw = 0 and s = exp(0).
     """
 
-    def __init__(self, net: nn.Module, inverted: bool = False) -> None:
-        super().__init__(net, ScaleFunction.of("exp"), inverted)
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net, ScaleFunction.of("exp"))
 
     def checked(self, x: Tensor, params: object) -> Tensor:
         shift = check_tensor("net's output", params)
@@ -156,9 +150,6 @@ class AdditiveCouple(AffineCouple):
     ) -> RebuiltCoupling:
         shift, dshift = (-params, -dz_b) if self.inverted else (params, dz_b)
         return RebuiltCoupling((z_b - shift).to(z_b.dtype), dz_b, dshift.to(params.dtype))
-
-    def inverse(self) -> "AdditiveCouple":
-        return AdditiveCouple(self.net, not self.inverted)
 
 
 class SplineCouple(Couple):
@@ -187,6 +178,3 @@ class SplineCouple(Couple):
         dledger = dlogdet[:, None].expand(-1, pixels(z_b))
         dy_b, dparams = spline_backward(dz_b, dledger, at_b, params, *how, 0, self.inverted)
         return RebuiltCoupling(y_b, dy_b, dparams)
-
-    def inverse(self) -> "SplineCouple":
-        return SplineCouple(self.net, self.spline, not self.inverted)

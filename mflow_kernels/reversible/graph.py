@@ -9,16 +9,12 @@ from torch import Tensor
 STORE = "reversible=False allows it"
 
 
-class Alive:
-    """An object that lives as long as the graph that holds it."""
-
-
 class Guard(torch.autograd.Function):
     """A copy of a module's input, whose graph must not be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alive: Alive, name: str) -> Tensor:
-        ctx.alive, ctx.name = alive, name
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
         return x.clone()
 
     @staticmethod

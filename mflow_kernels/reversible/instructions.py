@@ -5,12 +5,14 @@ instruction inverts it, and which shape it leaves. `reversible.steps` has the in
 fuses affine couplings with 1x1 convolutions; the others are here.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import pixels
@@ -61,6 +63,22 @@ class ForwardPass:
     def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
         """Call a module with this input and the context; x is the state before it."""
         return call.function(module_input, *self.context)
+
+
+class Directed:
+    """An operation that runs in one of two directions.
+
+    Attributes:
+        inverted: whether it is the inverse of what its class describes.
+    """
+
+    inverted = False
+
+    def inverse(self) -> Self:
+        """The same operation in the other direction."""
+        other = copy.copy(self)
+        other.inverted = not self.inverted
+        return other
 
 
 class Instruction:
@@ -138,7 +156,7 @@ class Instruction:
         return self
 
 
-class Layer(Instruction):
+class Layer(Directed, Instruction):
     """Any invertible layer. Its own `inverse` rebuilds its input in the backward pass, and autograd
     differentiates the layer on the rebuilt input.
 
@@ -196,9 +214,6 @@ class Layer(Instruction):
         dlogdet = backward.dlogdet.to(outputs[1].dtype)
         dx = backward.differentiate(again, outputs, (dz, dlogdet), x)
         backward.set(x.detach(), torch.zeros_like(x) if dx is None else dx)
-
-    def inverse(self) -> "Layer":
-        return Layer(self.module, not self.inverted).at(self.place)  # type: ignore[return-value]
 
     def shape(self, shape: Shape) -> Shape:
         output_shape = getattr(self.module, "output_shape", None)

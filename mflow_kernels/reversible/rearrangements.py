@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import on_gpu, transformed
 from mflow_kernels.ops.layouts import is_channels_last, pixels
-from mflow_kernels.reversible.instructions import Rearrange, Shape
+from mflow_kernels.reversible.instructions import Directed, Rearrange, Shape
 
 
-class SpaceToDepth(Rearrange):
+class SpaceToDepth(Directed, Rearrange):
     """(N, C, H, W) -> (N, 4C, H/2, W/2), or back if `inverted`, in `F.pixel_unshuffle`'s channel
     order.
 
@@ -23,10 +23,10 @@ class SpaceToDepth(Rearrange):
 
     def __init__(self, inverted: bool = False) -> None:
         self.inverted = inverted
-        self.halvings = -1 if inverted else 1
 
-    def inverse(self) -> "SpaceToDepth":
-        return SpaceToDepth(not self.inverted)
+    @property
+    def halvings(self) -> int:  # type: ignore[override]
+        return -1 if self.inverted else 1
 
     def shape(self, shape: Shape) -> Shape:
         """Raises ValueError: another number of axes, odd H or W, or (inverted) a number of
@@ -49,16 +49,13 @@ class SpaceToDepth(Rearrange):
         by_torch = F.pixel_shuffle if self.inverted else F.pixel_unshuffle
         if transformed() or not is_channels_last(x):
             return by_torch(x, 2)
-        if _computes_on_cpu(x) and not torch.compiler.is_compiling():
+        on_cpu = x.device.type == "cpu" and not on_gpu(x.device)
+        if on_cpu and not torch.compiler.is_compiling():
             # torch's CPU kernel keeps channels_last and takes less time than the copy below.
             z = by_torch(x, 2)
             if is_channels_last(z):
                 return z
         return _SqueezeChannelsLast.apply(x, self.inverted)
-
-
-def _computes_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not on_gpu(x.device)
 
 
 class _SqueezeChannelsLast(torch.autograd.Function):
@@ -103,20 +100,25 @@ class Reorder(Rearrange):
         if actual != expected:
             what = "pixels" if self.by_pixel else "channels"
             raise ValueError(f"x: expected {expected} {what}, got {tuple(x.shape)}")
-        # In the layout of x, so that the gradient has it too: `index_select` along the channels of
-        # a channels_last state would return a contiguous tensor.
+        if not self.by_pixel:
+            return select_channels(x, self.index)
         last = is_channels_last(x) and not transformed()
-        rows = x.movedim(1, -1) if last else x
-        if self.by_pixel:
-            axis = 1 if last else 2
-            flat = rows.flatten(1, -2) if last else rows.flatten(2)
-            rows = flat.index_select(axis, self.index).view(rows.shape)
-        else:
-            rows = rows.index_select(-1 if last else 1, self.index)
-        return rows.movedim(-1, 1) if last else rows
+        rows, axis = (x.movedim(1, -1).flatten(1, -2), 1) if last else (x.flatten(2), 2)
+        rows = rows.index_select(axis, self.index)
+        return rows.movedim(-1, 1).view_as(x) if last else rows.view_as(x)
 
 
-class PairPixels(Rearrange):
+def select_channels(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, index] in the layout of x, and its gradient in that layout too.
+
+    `index_select` along the channels would return contiguous tensors.
+    """
+    if transformed() or not is_channels_last(x):
+        return x.index_select(1, index)
+    return x.movedim(1, -1).index_select(-1, index).movedim(-1, 1)
+
+
+class PairPixels(Directed, Rearrange):
     """(N, C, ...) -> (N, 2C, ...) with half of the pixels: a coupling's two halves of the channels
     are then two sets of pixels. Or back, if `inverted`.
 
@@ -131,9 +133,6 @@ class PairPixels(Rearrange):
     def __init__(self, by: str, inverted: bool = False) -> None:
         self.by, self.inverted = by, inverted
         self.moves_pixels = by == "halves"
-
-    def inverse(self) -> "PairPixels":
-        return PairPixels(self.by, not self.inverted)
 
     def shape(self, shape: Shape) -> Shape:
         c, *sizes = shape

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
-from mflow_kernels.reversible.graph import STORE, Alive, Guard, nodes_behind
+from mflow_kernels.reversible.graph import STORE, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.modes import RandomState, random_state_of
 
@@ -104,13 +104,13 @@ class RerunCall:
 
         In training, a norm uses the statistics of its batch and not the running ones.
         """
-        return [
-            b
-            for m in self._modules
-            if m not in self._norms
-            for b in _buffers_of(m).values()
-            if b is not None and not b.is_inference()
-        ]
+        return [b for *_, b in self._named_buffers()]
+
+    def _named_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for m in self._modules:
+            for name, b in () if m in self._norms else _buffers_of(m).items():
+                if b is not None and not b.is_inference():
+                    yield m, name, b
 
     def first_run(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         """Call the module as the forward pass does, without gradients.
@@ -145,21 +145,20 @@ class RerunCall:
 
     def _run_guarded(
         self, module_input: Tensor, context: Sequence[Tensor]
-    ) -> tuple[Any, list[Tensor], Tensor, int, "weakref.ref[Any]"]:
+    ) -> tuple[Any, list[Tensor], Tensor, Any]:
         """Call the module with gradients enabled, on a copy of its input. Its graph raises an error
         if it is differentiated, since it is no part of the chain's.
 
         Returns:
-            The result; the leaves that it was called with; the copy; the number of the first node
-            of its graph; and a reference that is dead once the graph is.
+            The result; the leaves that it was called with; the copy; and the first node of its
+            graph, which lives as long as the graph.
         """
-        alive = Alive()
         leaves = [module_input.detach().requires_grad_(), *context]
         with torch.enable_grad():
-            given = Guard.apply(leaves[0], alive, self.name)
-            start = given.grad_fn._sequence_nr()
+            given = Guard.apply(leaves[0], self.name)
+            guard = given.grad_fn  # another one if the module changes its input
             result = self.function(given, *leaves[1:])
-        return result, leaves, given, start, weakref.ref(alive)
+        return result, leaves, given, guard
 
     def _run_seen(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         saved: list[Tensor] = [module_input]
@@ -168,16 +167,17 @@ class RerunCall:
             for m in self._norms
         ]
         with self._recorded(saved):
-            result, leaves, given, start, alive = self._run_guarded(module_input, context)
+            result, leaves, given, guard = self._run_guarded(module_input, context)
         tensors = _tensors(result)
-        found = self._leaves_behind(tensors, start)
+        found = self._leaves_behind(tensors, guard._sequence_nr())
         owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
         known = Known([weakref.ref(leaf) for leaf in found if id(leaf) not in owned])
         known.plain = all(type(m).__module__.startswith(PLAIN) for m in self._modules)
         known.changes_input = given._version > 0
         self._fingerprints = [fingerprint(t) for t in (*saved, *tensors)]
         result = _detached(result)
-        del tensors, given, leaves, saved
+        alive = weakref.ref(guard)
+        del tensors, given, guard, leaves, saved
         known.keeps_graph = alive() is not None
         self.known = _known.setdefault(self.module, {}).setdefault(self._key, known)
         self.known.others, self.known.keeps_graph = known.others, known.keeps_graph
@@ -217,9 +217,7 @@ class RerunCall:
         with self.as_in_forward():
             if self._fingerprints is None:
                 return self.function(given, *context)
-            versions = [(m, _buffers_of(m)) for m in self._modules if m not in self._norms]
-            before = [(m, k, b, b._version) for m, bs in versions for k, b in bs.items()
-                      if b is not None and not b.is_inference()]  # fmt: skip
+            before = [(m, name, b, b._version) for m, name, b in self._named_buffers()]
             saved = [module_input.detach().clone()]
             with self._recorded(saved):
                 result = self.function(given, *context)
@@ -235,7 +233,10 @@ class RerunCall:
         """Restore the modes and random numbers of the first run, and hide running statistics."""
         for store, name, p, _ in self._parameters:
             if store.get(name) is not p:
-                raise_replaced()
+                raise RuntimeError(
+                    "ReversibleChain: after the forward pass a parameter was replaced by another "
+                    "tensor (as torch.func.functional_call does); reversible=False allows that"
+                )
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
         buffers = [(m, dict(m._buffers)) for m in self._norms]
@@ -277,9 +278,8 @@ class RerunCall:
         if isinstance(self.module, torch.jit.ScriptModule):  # its runs save other tensors
             yield
             return
-        own = [*_parameters_of(self.module).values(), *_buffers_of(self.module).values()]
-        own += [t for m in self._modules for t in _buffers_of(m).values()]
-        known = {id(t) for t in own} | {id(p) for _, _, p, _ in self._parameters}
+        known = {id(b) for m in self._modules for b in _buffers_of(m).values()}
+        known |= {id(p) for _, _, p, _ in self._parameters}
 
         def pack(tensor: Tensor) -> Tensor:
             detached = tensor.detach()  # `tensor` itself would form a reference cycle
@@ -315,8 +315,7 @@ class RerunCall:
 
     def remember(self, draws: bool) -> None:
         """Record that its two runs agreed in these modes, and whether they drew random numbers."""
-        known = _known.setdefault(self.module, {}).setdefault(self._key, Known([]))
-        known.draws = draws
+        _known.setdefault(self.module, {}).setdefault(self._key, Known([])).draws = draws
 
     def _check_capturable(self) -> None:
         """Raise RuntimeError unless the module can run twice in a CUDA graph, which cannot restore
@@ -365,13 +364,6 @@ def _detached(result: Any) -> Any:
     return result.detach() if isinstance(result, Tensor) else result
 
 
-def raise_replaced() -> NoReturn:
-    raise RuntimeError(
-        "ReversibleChain: after the forward pass a parameter was replaced by another tensor (as "
-        "torch.func.functional_call does); reversible=False allows that"
-    )
-
-
 def check_repeats(calls: Sequence[RerunCall]) -> None:
     """Check the calls whose two runs were compared, and remember that they agreed.
 
@@ -385,4 +377,4 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
     for call, value in zip(differences, found, strict=True):
         if value > ROUNDING:
             call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
-        call.remember(call.random is not None)
+        call.remember(draws=call.random is not None)

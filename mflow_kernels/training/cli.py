@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mflow_kernels.runs.parser import OptionParser
 
 _REQUIRED = (
-    *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
-    *("tensorboard", "torchmetrics", "torchvision", "yaml"),
+    *("PIL", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "rich"),
+    *("safetensors", "tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
 _COMMANDS: dict[str, Callable[..., Work]] = {
     command.__name__: command

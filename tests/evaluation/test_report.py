@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,8 @@ from torchvision.models import resnet18
 from mflow_kernels import Glow
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import load_splits
-from mflow_kernels.evaluation import report, report_pictures
+from mflow_kernels.evaluation import report, report_pictures, sample_quality
+from mflow_kernels.evaluation.features import feature_distance, load_feature_network
 from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     held_out_images,
@@ -55,6 +57,14 @@ class Page(HTMLParser):
         self.text += data
 
 
+def figures_of(folder):
+    return json.loads((folder / "figures.json").read_text())
+
+
+def page_of(folder):
+    return Page((folder / "report.html").read_text())
+
+
 @pytest.fixture(scope="module")
 def full(trained, tmp_path_factory):
     """A report with all optional parts."""
@@ -71,11 +81,9 @@ def full(trained, tmp_path_factory):
 
 
 class TestFull:
-    def test_the_folder_is_complete(self, full):
-        assert set(listing(full)) == PICTURES | {"figures.json", "report.html", ".lock"}
-
     def test_the_page_needs_nothing_else(self, full):
-        page = Page((full / "report.html").read_text())
+        assert set(listing(full)) == PICTURES | {"figures.json", "report.html", ".lock"}
+        page = page_of(full)
         assert not page.open
         assert not {"script", "link", "iframe", "object"} & set(page.tags)
         assert len(page.fetched) == len(PICTURES) + 1  # the curves of training
@@ -89,8 +97,7 @@ class TestFull:
         assert all((full / name).read_bytes() in embedded for name in PICTURES)
 
     def test_the_page_shows_the_metrics(self, full, trained):
-        metrics = json.loads((full / "figures.json").read_text())
-        page = Page((full / "report.html").read_text())
+        metrics, page = figures_of(full), page_of(full)
         assert metrics["evaluation"] == json.loads((trained / "evaluation.json").read_text())
         shown = [f"{metrics['evaluation']['stages'][-1]['bits_per_dim']:.4f}"]
         shown.append(f"{metrics['importance_weighted_bits_per_dim']:.4f}")
@@ -105,16 +112,20 @@ class TestFull:
         assert metrics["missing"] == []
         assert "Not computed" not in page.text
 
-    def test_the_metrics_are_of_the_right_images(self, full):
-        metrics = json.loads((full / "figures.json").read_text())
+    def test_the_metrics_are_of_the_right_images(self, full, trained, images):
+        metrics = figures_of(full)
         assert metrics["draws"] == 3
         plain = metrics["evaluation"]["stages"][-1]["bits_per_dim"]
         assert 0 < abs(metrics["importance_weighted_bits_per_dim"] - plain) < 1
-        samples = metrics["evaluation"]["samples"]
-        assert [row["temperature"] for row in samples] == [0.3, 0.5, 0.7, 0.85, 1.0]
-        for row in samples:
-            assert (row["network"], row["images"]) == ("resnet18", 2)  # a tenth of 12 is held out
-            assert row["distance"]["fid"] > 0
+        rows = metrics["evaluation"]["samples"]
+        assert [row["temperature"] for row in rows] == [0.3, 0.5, 0.7, 0.85, 1.0]
+        # A tenth of 12 is held out.
+        assert {(row["network"], row["images"]) for row in rows} == {("resnet18", 2)}
+        network = load_feature_network("resnet18", full.parent / "resnet.pth")
+        model, held_out = load_run(str(trained), "cpu").model, load_splits(str(images), 8).test
+        (samples,) = sample_quality._sample_batches(model, 2, 0.7, ambient=False)
+        found = feature_distance(network(held_out.batch([0, 1])), network(samples))
+        assert rows[2]["distance"] == asdict(found)
         names = [row["name"] for row in metrics["scores"]]
         assert names == ["held out", "negatives (255 - image)", "uniform noise", "others <b>"]
         assert [row["images"] for row in metrics["scores"]] == [2, 2, 2, 5]
@@ -122,10 +133,7 @@ class TestFull:
 
     def test_a_second_report_is_the_same(self, full, trained, tmp_path):
         assert main(["evaluate", str(trained), "--out", str(tmp_path / "new" / "report")]) == 0
-        first, again = (
-            json.loads((folder / "figures.json").read_text())
-            for folder in (full, tmp_path / "new" / "report")
-        )
+        first, again = map(figures_of, (full, tmp_path / "new" / "report"))
         assert again["evaluation"].pop("samples") == []
         assert first["evaluation"].pop("samples")
         for name in ("evaluation", "deviation", "manifold_log_prob", "spectrum"):
@@ -145,8 +153,7 @@ class TestMissingParts:
         monkeypatch.setattr("mflow_kernels.evaluation.ood._DENSITY_WORK", 0)
         assert main(["evaluate", str(run), "--data", str(images)]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
-        metrics = json.loads((run / "report-faces" / "figures.json").read_text())
-        page = Page((run / "report-faces" / "report.html").read_text())
+        metrics, page = figures_of(run / "report-faces"), page_of(run / "report-faces")
         starts = ["FID, KID, precision and recall", "OOD score and local dimension"]
         starts += ["density on the manifold", "intrinsic dimension"]
         starts.append("typicality, latent score, OOD score and local dimension")
@@ -160,7 +167,7 @@ class TestMissingParts:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("--feature-weights none.pth", "--feature-weights: expected a file of weights of"),
+            ("--feature-weights none.pth", "--feature-weights: expected a file of weights of 'in"),
             ("--features resnet18", "--feature-weights: expected a file of weights of 'resnet18'"),
             ("--draws 0", "--draws: expected at least 1, got 0"),
             ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
@@ -187,17 +194,18 @@ class TestWork:
 
     @pytest.fixture
     def passes(self, monkeypatch):
-        """The number of images in all passes through the image flow so far, as a list of one."""
-        count = [0]
+        """The number of images in each pass through the image flow so far."""
+        seen = []
         for name in ("forward", "inverse"):
-            original = getattr(Glow, name)
-
-            def counted(self, first, *rest, original=original):
-                count[0] += len(first if torch.is_tensor(first) else first[0])
-                return original(self, first, *rest)
-
-            monkeypatch.setattr(Glow, name, counted)
-        return count
+            spy(
+                monkeypatch,
+                Glow,
+                name,
+                lambda _, first, *__: seen.append(
+                    len(first if torch.is_tensor(first) else first[0])
+                ),
+            )
+        return seen
 
     def test_the_passes_are_counted(self, trained, passes):
         run = load_run(str(trained), "cpu")
@@ -205,19 +213,19 @@ class TestWork:
         text = describe_work(run, images, ReportOptions(draws=3))
         assert len(images) == 2
         evaluate_model(run.model, images, 8, data="")
-        assert f"likelihood and reconstruction of 2 images: {passes[0]} passes" in text
-        passes[0] = 0
+        assert f"likelihood and reconstruction of 2 images: {sum(passes)} passes" in text
+        passes.clear()
         importance_weighted_bits(run.model, images, 8, 3)
-        assert f"3 dequantizations of each: {passes[0]} passes" in text
-        passes[0] = 0
+        assert f"3 dequantizations of each: {sum(passes)} passes" in text
+        passes.clear()
         batch = images.batch(range(2))
         score_images(run.model, batch, 8, None)
-        assert f"scores of 6 images of all sets: {3 * passes[0]} passes" in text
-        passes[0] = 0
+        assert f"scores of 6 images of all sets: {3 * sum(passes)} passes" in text
+        passes.clear()
         run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
         dim = run.model.manifold_dim
         # Two more passes find the coordinates and the density at them.
-        assert 2 * dim <= passes[0] <= 2 * dim + 4
+        assert 2 * dim <= sum(passes) <= 2 * dim + 4
         assert f"density on the manifold at 8 images (exact): {8 * dim} passes" in text
         assert f"local dimension at 70 images (exact): at most {70 * dim} passes" in text
         assert f"intrinsic dimension: {2 * 64} passes" in text
@@ -235,11 +243,10 @@ class TestWork:
         text = capsys.readouterr().err
         assert text.startswith("evaluation, with the passes of an image through the image flow:\n")
         assert "left out by --quick: density on the manifold" in text
-        figures = json.loads((tmp_path / "report" / "figures.json").read_text())
+        figures = figures_of(tmp_path / "report")
         assert figures["manifold_log_prob"] is figures["spectrum"] is None
         assert figures["scores"][0]["medians"]["latent_score"]
-        page = (tmp_path / "report" / "report.html").read_text()
-        assert "left out by --quick" in page
+        assert "left out by --quick" in page_of(tmp_path / "report").text
 
 
 class TestImages:
@@ -275,8 +282,7 @@ class TestImages:
         for data in ([], ["--data", str(tmp_path / "copy")], ["--data", str(other)]):
             command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
             assert main([*command, *data]) == 0
-            page = Page((tmp_path / "report" / "report.html").read_text())
-            pages.append("\n".join([*titles, page.text]))
+            pages.append("\n".join([*titles, page_of(tmp_path / "report").text]))
             titles.clear()
         assert "images of faces (1x8x8) that it was not trained on." in pages[0]
         for words in ("between held-out images", "ends with one of the held-out images"):

@@ -10,3 +10,10 @@ def _all_layers_are_replaced(request, monkeypatch):
         return
     monkeypatch.setattr(visitor, "why_slower", lambda *_: "")
     monkeypatch.setattr(sequence, "rebuilding_gains", lambda *_: True)
+
+
+def pytest_generate_tests(metafunc):
+    """Run the tests of `LibraryTests` with every model that a library's class names."""
+    for argument, attribute in (("name", "models"), ("trained", "trained")):
+        if argument in metafunc.fixturenames and hasattr(metafunc.cls, attribute):
+            metafunc.parametrize(argument, list(getattr(metafunc.cls, attribute)))

@@ -5,14 +5,13 @@ import importlib.util
 import inspect
 import sys
 
-import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import pytest
 import torch
 from torch import nn
 
 from interop import peers
-from interop.test_freia import fully_connected, results
+from interop.test_freia import SUB, TESTS, sequence
 from mflow_kernels.interop import accelerate
 
 
@@ -27,16 +26,13 @@ def loaded(path, name, monkeypatch):
 
 def network(block, **options):
     torch.manual_seed(0)
-    inn = Ff.SequenceINN(6)
-    for _ in range(3):
-        inn.append(block, subnet_constructor=fully_connected, **options)
-    return peers.perturbed(inn).double()
+    return peers.perturbed(sequence((6,), *[(block, {**SUB, **options})] * 3)).double()
 
 
 def assert_accelerated(model):
     with peers.default_dtype(torch.float64):
-        peers.assert_equals_original(model, results(torch.float64), 1)
-        peers.assert_equals_original(model, results(torch.float64), 1, reversible=True)
+        peers.assert_equals_original(model, TESTS.results(torch.float64), 1)
+        peers.assert_equals_original(model, TESTS.results(torch.float64), 1, reversible=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"reverse_permutation": True}])

@@ -1,47 +1,33 @@
 """Layers and runs that would cost more than the original are left, and the report says so."""
 
-import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import nflows.transforms as nt
-import normflows as nf
 import pytest
 import torch
 
-from interop.test_freia import convolutional, fully_connected
+from interop.test_freia import SUB, blocks, convolutional, fully_connected, sequence
 from interop.test_nflows import real_nvp, splines
+from interop.test_normflows import couplings
 from mflow_kernels.interop import accelerate, costs
 from mflow_kernels.interop.subclasses import implementation_of
 
 
-def freia(*dims, blocks=4, net=convolutional, **options):
+def freia(*dims, count=4, net=convolutional, **options):
     torch.manual_seed(0)
-    inn = Ff.SequenceINN(*dims)
-    for _ in range(blocks):
-        inn.append(Fm.AllInOneBlock, subnet_constructor=net, **options)
-    return inn
-
-
-def moons():
-    flows = []
-    for _ in range(2):
-        flows += [
-            nf.flows.AffineCouplingBlock(nf.nets.MLP([1, 8, 2])),
-            nf.flows.Permute(2, mode="swap"),
-        ]
-    return nf.NormalizingFlow(nf.distributions.DiagGaussian(2), flows)
+    return blocks(dims, count, net, **options)
 
 
 def wide(channels):
-    return freia(channels, 2, 2, blocks=2, learned_householder_permutation=1, permute_soft=True)
+    return freia(channels, 2, 2, count=2, learned_householder_permutation=1, permute_soft=True)
 
 
 LEFT = {
-    "vectors": (moons, "vectors of fewer than 512 numbers"),
+    "vectors": (couplings, "vectors of fewer than 512 numbers"),
     "vectors in a composite": (real_nvp, "vectors of fewer than 512 numbers"),
     "splines": (splines, ""),
-    "wide vectors": (lambda: freia(512, blocks=2, net=fully_connected), ""),
+    "wide vectors": (lambda: freia(512, count=2, net=fully_connected), ""),
     "rotated vectors": (
-        lambda: freia(512, blocks=2, net=fully_connected, permute_soft=True),
+        lambda: freia(512, count=2, net=fully_connected, permute_soft=True),
         "a matrix between couplings of vectors",
     ),
     "images": (lambda: freia(4, 8, 8), ""),
@@ -72,12 +58,12 @@ def test_no_limit_is_known_for_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("channels", "blocks", "size", "rebuilds"),
+    ("channels", "count", "size", "rebuilds"),
     [(4, 4, 16, True), (4, 3, 16, False), (4, 4, 2, False), (63, 4, 16, False)],
 )
-def test_states_are_rebuilt_where_that_takes_less_memory(channels, blocks, size, rebuilds):
+def test_states_are_rebuilt_where_that_takes_less_memory(channels, count, size, rebuilds):
     """Few couplings, many weights for each number of the batch, and unequal parts store states."""
-    model = freia(channels, 16, 16, blocks=blocks)
+    model = freia(channels, 16, 16, count=count)
     accelerate(model, reversible=True)
     ((run, _, _),) = implementation_of(model).items
     x = torch.randn(2, channels, size, size)
@@ -94,7 +80,7 @@ def test_states_are_rebuilt_where_that_takes_less_memory(channels, blocks, size,
 )
 def test_a_fixed_permutation_is_an_index():
     """It multiplies no matrix, and its index follows the matrix that a checkpoint brings."""
-    model, other = freia(40, 4, 4), freia(40, 4, 4, blocks=4)
+    model, other = freia(40, 4, 4), freia(40, 4, 4, count=4)
     for block in other.module_list:
         block.w_perm.data = block.w_perm[torch.randperm(40)].detach().clone()
         block.w_perm_inv.data = block.w_perm.data.transpose(0, 1).contiguous()
@@ -115,24 +101,15 @@ def test_a_fixed_permutation_is_an_index():
 
 H = Fm.HouseholderPerm, {"n_reflections": 2, "fixed": False}
 FIXED = Fm.HouseholderPerm, {"n_reflections": 2, "fixed": True}
-COUPLING = Fm.GLOWCouplingBlock, {"subnet_constructor": fully_connected}
+COUPLING = Fm.GLOWCouplingBlock, SUB
+ROTATED = {"learned_householder_permutation": 2, "permute_soft": True, **SUB}
 RUNS = {
     "permutation, learned rotation": [(Fm.PermuteRandom, {"seed": 1}), H],
     "permutation, actnorm": [(Fm.PermuteRandom, {"seed": 1}), (Fm.ActNorm, {})],
     "learned rotations": [H, H],
     "couplings, learned rotations": [COUPLING, H] * 2,
     "couplings, fixed rotations": [COUPLING, FIXED] * 2,
-    "learned rotations in blocks": [
-        (
-            Fm.AllInOneBlock,
-            {
-                "subnet_constructor": fully_connected,
-                "learned_householder_permutation": 2,
-                "permute_soft": True,
-            },
-        )
-    ]
-    * 2,
+    "learned rotations in blocks": [(Fm.AllInOneBlock, ROTATED)] * 2,
 }
 
 
@@ -141,9 +118,7 @@ RUNS = {
 def test_reversible_runs_whose_state_needs_no_gradient(name, needs_dx):
     """A linear map that is not trained, or comes before all trained ones, has no gradient."""
     torch.manual_seed(0)
-    model = Ff.SequenceINN(6)
-    for layer, options in RUNS[name]:
-        model.append(layer, **options)
+    model = sequence((6,), *RUNS[name])
     x = torch.randn(4, 6)
     model(x)  # sets actnorms
     gradients = []
@@ -157,11 +132,3 @@ def test_reversible_runs_whose_state_needs_no_gradient(name, needs_dx):
         gradients.append([*trained, *([x.grad] if needs_dx else [])])
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_reversible_nflows_permutation_and_linear():
-    torch.manual_seed(0)
-    model = nt.CompositeTransform([nt.RandomPermutation(6), nt.LULinear(6)])
-    accelerate(model, reversible=True, even_if_slower=True)
-    model(torch.randn(4, 6))[0].sum().backward()
-    assert all(p.grad is not None for p in model.parameters())

@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from interop import peers
-from interop.test_normflows import (
-    MODELS,
-    couplings,
-    images,
-    initialized,
-    sample_of,
-    splines,
-    vectors,
-)
+from interop.test_normflows import TESTS, couplings, glow, images, splines, vectors
 from mflow_kernels.interop import accelerate, linear
+from mflow_kernels.interop.plain import _Method
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
 
@@ -31,7 +24,7 @@ def test_autocast():
     closer to float64. With four seeds its error was 3.4 to 12 times smaller; the factor falls as
     networks add more to a state. The test requires 2.
     """
-    model = initialized(MODELS["glow"])
+    model = TESTS.initialized(glow)
     fast = copy.deepcopy(model)
     accelerate(fast)
     x, errors = images(), []
@@ -51,7 +44,7 @@ def test_autocast():
 def test_gradients_of_gradients(reversible, monkeypatch):
     # Start without cached constants, because those that a transform makes must not be kept.
     monkeypatch.setattr(linear, "_constants", {})
-    model = initialized(couplings).double()
+    model = TESTS.initialized(couplings).double()
     fast = copy.deepcopy(model)
     accelerate(fast, reversible=reversible)
     x = vectors(2, n=3).double()
@@ -67,11 +60,11 @@ def test_inference_mode(monkeypatch):
     monkeypatch.setattr(linear, "_constants", {})
     y = torch.arange(4) % 3
     with torch.inference_mode():
-        model = initialized(MODELS["glow"])
+        model = TESTS.initialized(glow)
         fast = copy.deepcopy(model)
         accelerate(fast)
         torch.testing.assert_close(fast.log_prob(images(), y), model.log_prob(images(), y))
-    fast = initialized(MODELS["glow"])
+    fast = TESTS.initialized(glow)
     accelerate(fast)
     fast.log_prob(images(), y).sum().backward()
     assert all(p.grad is not None for p in fast.q0[0].parameters())
@@ -82,13 +75,13 @@ def test_inference_mode(monkeypatch):
 )
 def test_compiles_whole(make):
     torch.compiler.reset()
-    model = initialized(make)
+    model = TESTS.initialized(make)
     fast = copy.deepcopy(model)
     accelerate(fast)
     compiled = torch.compile(fast.log_prob, backend="aot_eager", fullgraph=True)
     gradients = []
     for log_prob, m in ((compiled, fast), (model.log_prob, model)):
-        x = sample_of(model).requires_grad_()
+        x = TESTS.inputs(model)[0].requires_grad_()
         value = log_prob(x)
         gradients.append([value, *torch.autograd.grad(value.sum(), [x, *m.parameters()])])
     for got, want in zip(*gradients, strict=True):
@@ -109,15 +102,22 @@ def test_sets_actnorm_where_it_is_compiled():
     assert fast.flows[2].s.any()
 
 
+def assert_exports(model, method, *inputs):
+    """torch.export exports a method of a model, and the program equals it."""
+    with torch.no_grad():
+        program = torch.export.export(_Method(model, method), inputs)
+        torch.testing.assert_close(program.module()(*inputs), getattr(model, method)(*inputs))
+
+
 def test_exports(monkeypatch):
     """The original does not export, since it branches on whether its actnorms are initialized."""
     # Start without cached constants, because those that an export makes must not be kept.
     monkeypatch.setattr(linear, "_constants", {})
-    model = initialized(MODELS["glow"])
+    model = TESTS.initialized(glow)
     accelerate(model)
-    peers.assert_exports(model.inverse_and_log_det, images())
+    assert_exports(model, "inverse_and_log_det", images())
     z, _ = model.inverse_and_log_det(images())
-    peers.assert_exports(model.forward_and_log_det, [latent.detach() for latent in z])
-    model = initialized(lambda: splines(layers=1))
+    assert_exports(model, "forward_and_log_det", [latent.detach() for latent in z])
+    model = TESTS.initialized(lambda: splines(layers=1))
     accelerate(model)
-    peers.assert_exports(model.inverse_and_log_det, sample_of(model))
+    assert_exports(model, "inverse_and_log_det", *TESTS.inputs(model))

@@ -1,26 +1,95 @@
 """Weights in the layouts of openai/glow, rosinality/glow-pytorch and chaiyujin/glow-pytorch.
 
-The tests write the files and compare the converted models with plain float64 code of the originals.
+The tests draw a Glow, write it in each layout, and compare the converted models with plain float64
+code of the drawn one.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mflow_kernels.interop import glow_from_chaiyujin, glow_from_openai, glow_from_rosinality
 
 SHAPE, LEVELS, STEPS, WIDTH = (3, 8, 8), 2, 2, 5
 
 
-def draw(generator, *shape, by=0.2):
-    return by * generator.normal(size=shape)
+class Conv(NamedTuple):
+    """exp(log_scale) * (weight * x + bias)."""
+
+    weight: Tensor
+    bias: Tensor
+    log_scale: Tensor
+
+    def swapped(self):
+        return Conv(*(torch.cat(t.chunk(2)[::-1]) for t in self))
+
+    def interleaved(self):
+        return Conv(*(torch.stack(t.chunk(2), 1).flatten(0, 1) for t in self))
 
 
-def level_channels():
-    return [SHAPE[0] * 4 * 2**level for level in range(LEVELS)]
+class Step(NamedTuple):
+    """matrix @ (scale * (x + bias)), then a coupling, whose network gives shifts and raw scales."""
+
+    bias: Tensor
+    scale: Tensor
+    matrix: Tensor
+    net: list[Conv]
+
+
+class Flow(NamedTuple):
+    """A Glow. The networks of splits and of the top latent give means and log-deviations.
+
+    A class adds exp(classes.log_scale) * (its row of classes.weight + classes.bias) to the latter.
+    """
+
+    edge: str  # see `pad`
+    steps: dict[tuple[int, int], Step]
+    splits: list[Conv]
+    top: Conv
+    classes: Conv
+
+
+def drawn(edge, affine=True, top_inputs=1, classes=4):
+    """A Glow with random weights."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, by=0.2):
+        return by * torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def conv(c_in, c_out, size=3):
+        marks = edge == "marked" and size == 3
+        return Conv(normal(c_out, c_in + marks, size, size), normal(c_out), normal(c_out))
+
+    steps, splits = {}, []
+    for level in range(LEVELS):
+        c = SHAPE[0] * 4 * 2**level
+        for step in range(STEPS):
+            matrix = torch.linalg.qr(normal(c, c))[0] + normal(c, c, by=0.05)
+            last = conv(WIDTH, c if affine else c // 2)
+            net = [conv(c // 2, WIDTH), conv(WIDTH, WIDTH, 1), last]
+            steps[level, step] = Step(normal(c), normal(c).exp(), matrix, net)
+        splits.append(conv(c // 2, c))
+    top = conv(top_inputs * c, 2 * c)
+    of_classes = Conv(normal(classes, 2 * c), normal(2 * c), normal(2 * c))
+    return Flow(edge, steps, splits[:-1], top, of_classes)
+
+
+def pad(x, edge):
+    """Pad with zeros; with "ones"; or with zeros that a further channel marks ("marked")."""
+    padded = F.pad(x, [1, 1, 1, 1], value=float(edge == "ones"))
+    if edge != "marked":
+        return padded
+    return torch.cat([padded, F.pad(torch.zeros_like(x[:, :1]), [1, 1, 1, 1], value=1)], 1)
+
+
+def run(conv, x, edge):
+    x = pad(x, edge) if conv.weight.shape[2] == 3 else x
+    return F.conv2d(x, conv.weight, conv.bias) * conv.log_scale.exp().view(-1, 1, 1)
 
 
 def gaussian(x, mean, log_sd):
@@ -28,265 +97,131 @@ def gaussian(x, mean, log_sd):
     return log_p.sum((1, 2, 3))
 
 
-class Original:
-    """Plain code of a Glow. Subclasses compute each layer as the originals do, from their weights;
-    shifts and scales are interleaved, unless `halves` says otherwise."""
-
-    def __init__(self, weights, affine=True, label=None):
-        self.v = {name: torch.as_tensor(w) for name, w in weights.items()}
-        self.affine, self.label = affine, label
-
-    def halves(self, h):
-        """The shift and the raw scale."""
-        return h[:, 0::2], h[:, 1::2]
-
-    def log_prob(self, x):
-        total = torch.zeros(len(x), dtype=x.dtype)
-        for level in range(LEVELS):
-            x = F.pixel_unshuffle(x, 2)
-            for step in range(STEPS):
-                at = self.name(level, step)
-                x, log_scale = self.actnorm(at, x)
-                mix = self.mix(at)
-                x = torch.einsum("ij,njhw->nihw", mix, x)
-                own = log_scale.sum() + mix.det().abs().log()
-                total = total + x.shape[2] * x.shape[3] * own
-                a, b = x.chunk(2, 1)
-                h = self.net(at, a)
-                if self.affine:
-                    shift, raw = self.halves(h)
-                    s = torch.sigmoid(raw + 2)
-                    b, total = (b + shift) * s, total + s.log().sum((1, 2, 3))
-                else:
-                    b = b + h
-                x = torch.cat([a, b], 1)
-            if level + 1 < LEVELS:
-                x, z = x.chunk(2, 1)
-                total = total + gaussian(z, *self.prior(level, x))
-        return total + gaussian(x, *self.top(x))
-
-
-# openai/glow: filters are (H, W, in, out).
-
-
-def openai_variables(coupling=1, classes=0):
-    g = np.random.default_rng(0)
-    v = {}
-
-    def actnorm(name, c):
-        v[f"{name}actnorm_center/b"] = draw(g, 1, 1, 1, c)
-        v[f"{name}actnorm_scale/logs"] = draw(g, 1, 1, 1, c, by=0.05)
-
-    def zeros(name, c_in, c_out):
-        v[f"{name}/W"] = draw(g, 3, 3, c_in + 1, c_out)
-        v[f"{name}/b"], v[f"{name}/logs"] = draw(g, 1, 1, 1, c_out), draw(g, 1, c_out, by=0.1)
-
-    for level, c in enumerate(level_channels()):
+def log_prob(flow, x, label=None):
+    total = torch.zeros(len(x), dtype=x.dtype)
+    inside = "zeros" if flow.edge == "ones" else flow.edge  # ones surround the last layers only
+    for level in range(LEVELS):
+        x = F.pixel_unshuffle(x, 2)
         for step in range(STEPS):
-            at = f"{level}/{step}"
-            actnorm(f"{at}/", c)
-            v[f"{at}/invconv/W"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(g, c, c, by=0.05)
-            v[f"{at}/f1/l_1/W"] = draw(g, 3, 3, c // 2 + 1, WIDTH)
-            v[f"{at}/f1/l_2/W"] = draw(g, 1, 1, WIDTH, WIDTH)
-            for layer in ("l_1", "l_2"):
-                actnorm(f"{at}/f1/{layer}/", WIDTH)
-            zeros(f"{at}/f1/l_last", WIDTH, c if coupling else c // 2)
+            bias, scale, matrix, (first, second, last) = flow.steps[level, step]
+            x = scale.view(-1, 1, 1) * (x + bias.view(-1, 1, 1))
+            x = torch.einsum("ij,njhw->nihw", matrix, x)
+            own = scale.log().sum() + matrix.det().abs().log()
+            total = total + x.shape[2] * x.shape[3] * own
+            a, b = x.chunk(2, 1)
+            h = run(second, run(first, a, inside).relu(), inside).relu()
+            h = run(last, h, flow.edge)
+            if h.shape[1] == x.shape[1]:
+                shift, raw = h.chunk(2, 1)
+                s = torch.sigmoid(raw + 2)
+                b, total = (b + shift) * s, total + s.log().sum((1, 2, 3))
+            else:
+                b = b + h
+            x = torch.cat([a, b], 1)
         if level + 1 < LEVELS:
-            zeros(f"pool{level}/conv", c // 2, c)
-    zeros("prior/p", c, 2 * c)
+            x, z = x.chunk(2, 1)
+            total = total + gaussian(z, *run(flow.splits[level], x, flow.edge).chunk(2, 1))
+    inputs = flow.top.weight.shape[1] - (flow.edge == "marked")
+    h = run(flow.top, x.new_zeros(len(x), inputs, *x.shape[2:]), flow.edge)
+    if label is not None:
+        row = flow.classes.weight[label] + flow.classes.bias
+        h = h + (row * flow.classes.log_scale.exp()).view(-1, 1, 1)
+    return total + gaussian(x, *h.chunk(2, 1))
+
+
+def openai_variables(flow=None, classes=False):
+    """Filters are (H, W, in, out); log-scales are divided by 3; shifts and scales alternate."""
+    flow, v = flow or drawn("marked"), {}
+
+    def conv(name, conv, bias="b", logs="logs"):
+        v[f"{name}/W"] = conv.weight.permute(2, 3, 1, 0)
+        v[f"{name}/{bias}"] = conv.bias.view(1, 1, 1, -1)
+        v[f"{name}/{logs}"] = conv.log_scale.view(1, -1) / 3
+
+    for (level, step), (bias, scale, matrix, net) in flow.steps.items():
+        at = f"{level}/{step}"
+        v[f"{at}/actnorm_center/b"] = bias.view(1, 1, 1, -1)
+        v[f"{at}/actnorm_scale/logs"] = scale.log().view(1, 1, 1, -1) / 3
+        v[f"{at}/invconv/W"] = matrix.T
+        for layer, one in zip(("l_1", "l_2"), net, strict=False):
+            conv(f"{at}/f1/{layer}", one, "actnorm_center/b", "actnorm_scale/logs")
+        affine = len(net[2].bias) == len(bias)
+        conv(f"{at}/f1/l_last", net[2].interleaved() if affine else net[2])
+    for level, split in enumerate(flow.splits):
+        conv(f"pool{level}/conv", split.interleaved())
+    conv("prior/p", flow.top)
     if classes:
-        v["prior/y_emb/W"] = draw(g, classes, 2 * c)
-        v["prior/y_emb/b"], v["prior/y_emb/logs"] = draw(g, 1, 2 * c), draw(g, 1, 2 * c)
+        v["prior/y_emb/W"], v["prior/y_emb/b"] = flow.classes.weight, flow.classes.bias[None]
+        v["prior/y_emb/logs"] = flow.classes.log_scale[None] / 3
+    return {name: array.numpy() for name, array in v.items()}
+
+
+def rosinality_weights(flow=None, lu=True):
+    """Scales of actnorms may be negative, and those of couplings come before the shifts."""
+    flow, v = flow or drawn("ones"), {}
+
+    def last(name, conv):
+        v[f"{name}.conv.weight"], v[f"{name}.conv.bias"] = conv.weight, conv.bias
+        v[f"{name}.scale"] = conv.log_scale.view(1, -1, 1, 1) / 3
+
+    for (level, step), (bias, scale, matrix, net) in flow.steps.items():
+        at = f"blocks.{level}.flows.{step}"
+        sign = torch.ones_like(scale)
+        sign[::3] = -1
+        v[f"{at}.actnorm.loc"] = bias.view(1, -1, 1, 1)
+        v[f"{at}.actnorm.scale"] = (sign * scale).view(1, -1, 1, 1)
+        v[f"{at}.actnorm.initialized"] = torch.tensor(1, dtype=torch.uint8)
+        matrix = matrix * sign
+        if lu:  # masks, which the files also have, hide the other triangles
+            p, lower, upper = torch.linalg.lu(matrix)
+            names = ("w_p", "w_l", "w_u", "w_s", "s_sign")
+            factors = (p, lower, upper, upper.diagonal().abs().log(), upper.diagonal().sign())
+            v |= {f"{at}.invconv.{n}": factor for n, factor in zip(names, factors, strict=True)}
+        else:
+            v[f"{at}.invconv.weight"] = matrix[..., None, None]
+        for i, conv in zip((0, 2), net, strict=False):
+            by = conv.log_scale.exp()
+            v[f"{at}.coupling.net.{i}.weight"] = conv.weight * by.view(-1, 1, 1, 1)
+            v[f"{at}.coupling.net.{i}.bias"] = conv.bias * by
+        affine = len(net[2].bias) == len(bias)
+        last(f"{at}.coupling.net.4", net[2].swapped() if affine else net[2])
+    for level, split in enumerate([*flow.splits, flow.top]):
+        last(f"blocks.{level}.prior", split)
     return v
 
 
-class OpenAI(Original):
-    """A channel marks the padding, and logscale_factor is 3."""
+def chaiyujin_weights(flow=None, classes=False):
+    """Layers of all levels are in one list; shifts and scales alternate."""
+    flow, v = flow or drawn("zeros", top_inputs=2), {}
 
-    def name(self, level, step):
-        return f"{level}/{step}"
+    def actnorm(name, bias, log_scale):
+        v[f"{name}.actnorm.bias"] = bias.view(1, -1, 1, 1)
+        v[f"{name}.actnorm.logs"] = log_scale.view(1, -1, 1, 1)
 
-    def conv(self, at, x):
-        w = self.v[f"{at}/W"].permute(3, 2, 0, 1)
-        if w.shape[2] == 3:
-            mark = F.pad(torch.zeros_like(x[:, :1]), [1, 1, 1, 1], value=1)
-            x = torch.cat([F.pad(x, [1, 1, 1, 1]), mark], 1)
-        return F.conv2d(x, w)
+    def last(name, conv):
+        v[f"{name}.weight"], v[f"{name}.bias"] = conv.weight, conv.bias
+        v[f"{name}.logs"] = conv.log_scale.view(-1, 1, 1) / 3
 
-    def actnorm(self, at, x):
-        b, logs = self.v[f"{at}/actnorm_center/b"], 3 * self.v[f"{at}/actnorm_scale/logs"]
-        return (x + b.view(-1, 1, 1)) * logs.view(-1, 1, 1).exp(), logs
-
-    def mix(self, at):
-        return self.v[f"{at}/invconv/W"].T
-
-    def zeros(self, at, x):
-        y = self.conv(at, x) + self.v[f"{at}/b"].view(-1, 1, 1)
-        return y * (3 * self.v[f"{at}/logs"]).exp().view(-1, 1, 1)
-
-    def net(self, at, x):
-        for layer in (f"{at}/f1/l_1", f"{at}/f1/l_2"):
-            x = self.actnorm(layer, self.conv(layer, x))[0].relu()
-        return self.zeros(f"{at}/f1/l_last", x)
-
-    def prior(self, level, x):
-        return self.halves(self.zeros(f"pool{level}/conv", x))
-
-    def top(self, x):
-        h = self.zeros("prior/p", torch.zeros_like(x))
-        if self.label is not None:
-            row = self.v["prior/y_emb/W"][self.label] + self.v["prior/y_emb/b"]
-            h = h + (row * (3 * self.v["prior/y_emb/logs"]).exp()).view(-1, 1, 1)
-        return h.chunk(2, 1)
-
-
-# rosinality/glow-pytorch.
-
-
-def rosinality_weights(lu=True, affine=True):
-    g = np.random.default_rng(1)
-    v = {}
-
-    def zero_conv(name, c_in, c_out):
-        v[f"{name}.conv.weight"] = draw(g, c_out, c_in, 3, 3)
-        v[f"{name}.conv.bias"] = draw(g, c_out)
-        v[f"{name}.scale"] = draw(g, 1, c_out, 1, 1, by=0.1)
-
-    for level, c in enumerate(level_channels()):
-        for step in range(STEPS):
-            at = f"blocks.{level}.flows.{step}"
-            v[f"{at}.actnorm.loc"] = draw(g, 1, c, 1, 1)
-            v[f"{at}.actnorm.scale"] = np.sign(g.normal(size=(1, c, 1, 1))) + draw(g, 1, c, 1, 1)
-            v[f"{at}.actnorm.initialized"] = np.array(1, dtype=np.uint8)
-            if lu:
-                v[f"{at}.invconv.w_p"] = np.eye(c)[g.permutation(c)]
-                for name in ("w_l", "w_u"):
-                    v[f"{at}.invconv.{name}"] = draw(g, c, c)
-                v[f"{at}.invconv.w_s"] = draw(g, c)
-                v[f"{at}.invconv.s_sign"] = np.sign(g.normal(size=c))
-                v[f"{at}.invconv.u_mask"] = np.triu(np.ones((c, c)), 1)
-                v[f"{at}.invconv.l_mask"] = np.tril(np.ones((c, c)), -1)
-                v[f"{at}.invconv.l_eye"] = np.eye(c)
-            else:
-                v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0][..., None, None]
-            for i, (c_in, c_out, k) in {0: (c // 2, WIDTH, 3), 2: (WIDTH, WIDTH, 1)}.items():
-                v[f"{at}.coupling.net.{i}.weight"] = draw(g, c_out, c_in, k, k)
-                v[f"{at}.coupling.net.{i}.bias"] = draw(g, c_out)
-            zero_conv(f"{at}.coupling.net.4", WIDTH, c if affine else c // 2)
-        last = level + 1 == LEVELS
-        zero_conv(f"blocks.{level}.prior", c if last else c // 2, 2 * c if last else c)
-    return {name: torch.tensor(a) for name, a in v.items()}
-
-
-class Rosinality(Original):
-    """Padding is 1 before the convolutions that start at zero."""
-
-    def halves(self, h):
-        raw, shift = h.chunk(2, 1)
-        return shift, raw
-
-    def name(self, level, step):
-        return f"blocks.{level}.flows.{step}"
-
-    def actnorm(self, at, x):
-        scale = self.v[f"{at}.actnorm.scale"]
-        return scale * (x + self.v[f"{at}.actnorm.loc"]), scale.abs().log()
-
-    def mix(self, at):
-        at = f"{at}.invconv"
-        if f"{at}.weight" in self.v:
-            return self.v[f"{at}.weight"][:, :, 0, 0]
-        lu = {n: self.v[f"{at}.{n}"] for n in ("w_p", "w_l", "w_u", "w_s", "s_sign")}
-        lower = lu["w_l"] * self.v[f"{at}.l_mask"] + self.v[f"{at}.l_eye"]
-        diagonal = torch.diag(lu["s_sign"] * lu["w_s"].exp())
-        return lu["w_p"] @ lower @ (lu["w_u"] * self.v[f"{at}.u_mask"] + diagonal)
-
-    def zeros(self, at, x):
-        x = F.pad(x, [1, 1, 1, 1], value=1)
-        y = F.conv2d(x, self.v[f"{at}.conv.weight"], self.v[f"{at}.conv.bias"])
-        return y * (3 * self.v[f"{at}.scale"]).exp()
-
-    def net(self, at, x):
-        for name, padding in ((f"{at}.coupling.net.0", 1), (f"{at}.coupling.net.2", 0)):
-            w, b = self.v[f"{name}.weight"], self.v[f"{name}.bias"]
-            x = F.conv2d(x, w, b, padding=padding).relu()
-        return self.zeros(f"{at}.coupling.net.4", x)
-
-    def prior(self, level, x):
-        return self.zeros(f"blocks.{level}.prior", x).chunk(2, 1)
-
-    def top(self, x):
-        return self.prior(LEVELS - 1, torch.zeros_like(x))
-
-
-# chaiyujin/glow-pytorch: layers of all levels in one list, plain padding, and actnorms in networks.
-
-
-def chaiyujin_weights(affine=True, classes=0):
-    g = np.random.default_rng(2)
-    v = {}
-
-    def actnorm(name, c):
-        v[f"{name}.actnorm.bias"] = draw(g, 1, c, 1, 1)
-        v[f"{name}.actnorm.logs"] = draw(g, 1, c, 1, 1)
-
-    def zero_conv(name, c_in, c_out):
-        v[f"{name}.weight"], v[f"{name}.bias"] = draw(g, c_out, c_in, 3, 3), draw(g, c_out)
-        v[f"{name}.logs"] = draw(g, c_out, 1, 1, by=0.1)
-
-    for level, c in enumerate(level_channels()):
-        first = level * (STEPS + 2) + 1  # after the squeeze
-        for place in range(first, first + STEPS):
-            at = f"flow.layers.{place}"
-            actnorm(at, c)
-            v[f"{at}.invconv.weight"] = np.linalg.qr(g.normal(size=(c, c)))[0] + draw(
-                g, c, c, by=0.05
-            )
-            for i, (c_in, k) in {0: (c // 2, 3), 2: (WIDTH, 1)}.items():
-                v[f"{at}.f.{i}.weight"] = draw(g, WIDTH, c_in, k, k)
-                actnorm(f"{at}.f.{i}", WIDTH)
-            zero_conv(f"{at}.f.4", WIDTH, c if affine else c // 2)
-        if level + 1 < LEVELS:
-            zero_conv(f"flow.layers.{first + STEPS}.conv", c // 2, c)
-    zero_conv("learn_top", 2 * c, 2 * c)
-    v["prior_h"] = np.zeros((4, 2 * c, 2, 2))
+    for (level, step), (bias, scale, matrix, net) in flow.steps.items():
+        at = f"flow.layers.{level * (STEPS + 2) + 1 + step}"  # each level begins with a squeeze
+        actnorm(at, bias, scale.log())
+        v[f"{at}.invconv.weight"] = matrix
+        for i, conv in zip((0, 2), net, strict=False):
+            v[f"{at}.f.{i}.weight"] = conv.weight
+            actnorm(f"{at}.f.{i}", conv.bias, conv.log_scale)
+        affine = len(net[2].bias) == len(bias)
+        last(f"{at}.f.4", net[2].interleaved() if affine else net[2])
+    for level, split in enumerate(flow.splits, start=1):
+        last(f"flow.layers.{level * (STEPS + 2) - 1}.conv", split.interleaved())
+    last("learn_top", flow.top)
+    v["prior_h"] = torch.zeros(4, len(flow.top.bias), 2, 2)
     if classes:
-        v["project_ycond.weight"], v["project_ycond.bias"] = draw(g, 2 * c, classes), draw(g, 2 * c)
-        v["project_ycond.logs"] = draw(g, 2 * c)
-        v["project_class.weight"] = draw(g, classes, c)
-    return {name: torch.tensor(a) for name, a in v.items()}
-
-
-class Chaiyujin(Original):
-    def name(self, level, step):
-        return f"flow.layers.{level * (STEPS + 2) + 1 + step}"
-
-    def actnorm(self, at, x):
-        logs = self.v[f"{at}.actnorm.logs"]
-        return (x + self.v[f"{at}.actnorm.bias"]) * logs.exp(), logs
-
-    def mix(self, at):
-        return self.v[f"{at}.invconv.weight"]
-
-    def zeros(self, at, x):
-        y = F.conv2d(x, self.v[f"{at}.weight"], self.v[f"{at}.bias"], padding=1)
-        return y * (3 * self.v[f"{at}.logs"]).exp()
-
-    def net(self, at, x):
-        for layer, padding in ((f"{at}.f.0", 1), (f"{at}.f.2", 0)):
-            y = F.conv2d(x, self.v[f"{layer}.weight"], padding=padding)
-            x = self.actnorm(layer, y)[0].relu()
-        return self.zeros(f"{at}.f.4", x)
-
-    def prior(self, level, x):
-        return self.halves(self.zeros(f"{self.name(level, STEPS)}.conv", x))
-
-    def top(self, x):
-        h = self.zeros("learn_top", x.new_zeros(1, 2 * x.shape[1], *x.shape[2:]))
-        if self.label is not None:
-            row = self.v["project_ycond.weight"][:, self.label] + self.v["project_ycond.bias"]
-            h = h + (row * (3 * self.v["project_ycond.logs"]).exp())[:, None, None]
-        return h.chunk(2, 1)
+        v["project_ycond.weight"], v["project_ycond.bias"] = (
+            flow.classes.weight.T,
+            flow.classes.bias,
+        )
+        v["project_ycond.logs"] = flow.classes.log_scale / 3
+    return v
 
 
 def images():
@@ -305,58 +240,52 @@ def assert_equal(glow, x, want):
     torch.testing.assert_close(logdet_back, -logdet)
 
 
-@pytest.mark.parametrize("coupling", [1, 0], ids=["affine", "additive"])
-def test_openai(coupling, tmp_path):
-    variables = openai_variables(coupling)
-    scoped = {f"model/{name}": a.astype(np.float32) for name, a in variables.items()}
+AFFINE = pytest.mark.parametrize("affine", [True, False], ids=["affine", "additive"])
+
+
+@AFFINE
+def test_openai(affine, tmp_path):
+    flow, x = drawn("marked", affine), images()
+    scoped = {f"model/{n}": a.astype(np.float32) for n, a in openai_variables(flow).items()}
     np.savez(tmp_path / "glow.npz", **scoped, **{"model/0/0/invconv/W/Adam": np.zeros(1)})
-    x = images()
-    rounded = {name: a.astype(np.float32).astype(float) for name, a in variables.items()}
-    assert_equal(
-        glow_from_openai(tmp_path / "glow.npz", SHAPE), x, OpenAI(rounded, coupling).log_prob(x)
-    )
+    assert_equal(glow_from_openai(tmp_path / "glow.npz", SHAPE), x, log_prob(flow, x))
 
 
-def test_openai_classes():
-    variables, x = openai_variables(classes=4), images()
-    for label in (None, 4, -1):
-        with pytest.raises(ValueError, match=f"label: expected a class from 0 to 3.*got {label}"):
-            glow_from_openai(variables, SHAPE, label=label)
-    with pytest.raises(ValueError, match="label: expected None, as these weights have no classes"):
-        glow_from_openai(openai_variables(), SHAPE, label=0)
-    for label in (0, 3):
-        glow = glow_from_openai(variables, SHAPE, label=label)
-        assert_equal(glow, x, OpenAI(variables, label=label).log_prob(x))
-
-
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "additive"])
+@AFFINE
 @pytest.mark.parametrize("lu", [True, False], ids=["lu", "plain"])
 def test_rosinality(lu, affine, tmp_path):
-    weights = rosinality_weights(lu, affine)
+    flow, x = drawn("ones", affine), images()
+    weights = rosinality_weights(flow, lu)
     floats = {f"module.{name}": w if "init" in name else w.float() for name, w in weights.items()}
     torch.save(floats, tmp_path / "model.pt")
-    x = images()
-    glow = glow_from_rosinality(tmp_path / "model.pt", SHAPE)
-    assert_equal(glow, x, Rosinality(weights, affine).log_prob(x))
+    assert_equal(glow_from_rosinality(tmp_path / "model.pt", SHAPE), x, log_prob(flow, x))
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "additive"])
+@AFFINE
 def test_chaiyujin(affine, tmp_path):
-    weights = chaiyujin_weights(affine)
-    floats = {name: w.float() for name, w in weights.items()}
+    flow, x = drawn("zeros", affine, top_inputs=2), images() + 0.5
+    floats = {name: w.float() for name, w in chaiyujin_weights(flow).items()}
     torch.save({"global_step": 1, "graph": floats, "optim": {}}, tmp_path / "trained.pkg")
-    x = images() + 0.5
-    glow = glow_from_chaiyujin(tmp_path / "trained.pkg", SHAPE)
-    assert_equal(glow, x, Chaiyujin(weights, affine).log_prob(x))
+    assert_equal(glow_from_chaiyujin(tmp_path / "trained.pkg", SHAPE), x, log_prob(flow, x))
 
 
-def test_chaiyujin_classes():
-    weights, x = chaiyujin_weights(classes=4), images()
-    with pytest.raises(ValueError, match=r"label: expected a class from 0 to 3.*got None"):
-        glow_from_chaiyujin(weights, SHAPE)
+@pytest.mark.parametrize(
+    ("convert", "write", "flow"),
+    [
+        (glow_from_openai, openai_variables, drawn("marked")),
+        (glow_from_chaiyujin, chaiyujin_weights, drawn("zeros", top_inputs=2)),
+    ],
+    ids=["openai", "chaiyujin"],
+)
+def test_classes(convert, write, flow):
+    weights, x = write(flow, classes=True), images()
+    for label in (None, 4, -1):
+        with pytest.raises(ValueError, match=f"label: expected a class from 0 to 3.*got {label}"):
+            convert(weights, SHAPE, label=label)
+    with pytest.raises(ValueError, match="label: expected None, as these weights have no classes"):
+        convert(write(flow), SHAPE, label=0)
     for label in (0, 3):
-        glow = glow_from_chaiyujin(weights, SHAPE, label=label)
-        assert_equal(glow, x, Chaiyujin(weights, label=label).log_prob(x))
+        assert_equal(convert(weights, SHAPE, label=label), x, log_prob(flow, x, label))
 
 
 def test_other_checkpoints_raise():

@@ -15,14 +15,12 @@ class LeakyReLU(Bijection):
         self.log_a = nn.Parameter(torch.tensor(a).log())
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        negative = (x < 0).to(x.dtype)
-        z = torch.where(x < 0, self.log_a.exp() * x, x)
-        return z, self.log_a * negative.flatten(1).sum(1)
+        log_s = self.log_a * (x < 0)
+        return x * log_s.exp(), log_s.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        negative = (z < 0).to(z.dtype)
-        x = torch.where(z < 0, z / self.log_a.exp(), z)
-        return x, -self.log_a * negative.flatten(1).sum(1)
+        log_s = self.log_a * (z < 0)
+        return z / log_s.exp(), -log_s.flatten(1).sum(1)
 
 
 class Transformer(nn.Module):
@@ -43,48 +41,47 @@ class Transformer(nn.Module):
         return self.out(h.tanh()).movedim(-1, 1)
 
 
-class TokenCoupling(Bijection):
-    """Half of the tokens (N, C, T) shift and scale the other half, by 2 sigmoid."""
+class Affine(Bijection):
+    """z = x exp(log_s) + shift. Elements whose log_s and shift are 0 choose those of the others."""
+
+    def params(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """log_s and shift, each of the shape of x."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        log_s, shift = self.params(x, context)
+        return x * log_s.exp() + shift, log_s.flatten(1).sum(1)
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        log_s, shift = self.params(z, context)
+        return (z - shift) * (-log_s).exp(), -log_s.flatten(1).sum(1)
+
+
+class TokenCoupling(Affine):
+    """Half of the tokens (N, C, T) shift and scale the other half."""
 
     def __init__(self, channels: int, context: int = 0) -> None:
         super().__init__()
         self.net = Transformer(channels, 2 * channels, context)
 
-    def _params(self, a: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        raw, shift = self.net(a, *context).chunk(2, dim=1)
-        return raw.sigmoid().log() + torch.log(torch.tensor(2.0)), shift
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = x.chunk(2, dim=2)
-        log_s, shift = self._params(a, context)
-        return torch.cat([a, (b + shift) * log_s.exp()], 2), log_s.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = z.chunk(2, dim=2)
-        log_s, shift = self._params(a, context)
-        return torch.cat([a, b * (-log_s).exp() - shift], 2), -log_s.flatten(1).sum(1)
+    def params(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        raw, shift = self.net(x.chunk(2, dim=2)[0], *context).chunk(2, dim=1)
+        keep = torch.zeros_like(raw)
+        return torch.cat([keep, F.logsigmoid(raw)], 2), torch.cat([keep, shift], 2)
 
 
-class Checkerboard(Bijection):
+class Checkerboard(Affine):
     """A masked affine coupling on the squares of a checkerboard (RealNVP)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Conv2d(channels, 2 * channels, 3, padding=1)
 
-    def _params(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def params(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
         mask = ((rows[:, None] + columns) % 2).to(x.dtype)
         raw, shift = self.net((1 - mask) * x).chunk(2, dim=1)
         return mask * raw.tanh(), mask * shift
-
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        log_s, shift = self._params(x)
-        return x * log_s.exp() + shift, log_s.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        log_s, shift = self._params(z)
-        return (z - shift) * (-log_s).exp(), -log_s.flatten(1).sum(1)
 
 
 class Reversed(nn.Module):

@@ -1,6 +1,5 @@
 """Chains and other sequences for tests, their losses and their gradients."""
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -60,16 +59,21 @@ def gradients(chain: nn.Module, *inputs: Tensor, call: Callable[..., object]) ->
 
 
 def both_gradients(
-    stored: ReversibleChain, *inputs: Tensor, inverse: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The `gradients` of a reversible copy of a chain that stores its states, and of the chain."""
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    got, want = (
-        gradients(chain, *inputs, call=chain.inverse if inverse else chain)
-        for chain in (rebuilt, stored)
-    )
-    return got, want
+    chain: ReversibleChain, *inputs: Tensor, backwards: bool = False, contexts: int = 0
+) -> list[list[Tensor]]:
+    """The `gradients` of a chain that rebuilds its states, and of one that stores them. The last
+    `contexts` inputs are contexts."""
+    states = len(inputs) - contexts
+
+    def call(*given: Tensor) -> object:
+        if backwards:
+            return inverse_of(chain, *given[states:])(*given[:states])
+        return chain(*given)
+
+    results = []
+    for chain.reversible in (True, False):
+        results.append(gradients(chain, *inputs, call=call))
+    return results
 
 
 def assert_all_close(got: list[Tensor], want: list[Tensor], terms: int) -> None:

@@ -53,10 +53,3 @@ def test_batch_that_is_not_finite(bad):
     assert not layer.initialized
     layer.initialize(normal(4, 2, 3))
     assert layer.initialized
-
-
-def test_initialization_leaves_no_graph():
-    layer = ActNorm(2)
-    layer.set_from(normal(4, 2).requires_grad_())
-    assert layer.bias.is_leaf
-    assert layer.bias.requires_grad

@@ -1,7 +1,6 @@
 """Every invertible layer in a chain: those of this package and those of users, alone and together,
 reversible and stored, with context."""
 
-import copy
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -10,7 +9,7 @@ from cases import compiles, perturbed
 from torch import Tensor, nn
 
 from layers.bijections import LeakyReLU, TokenCoupling
-from layers.chains import InSequence, assert_all_close, gradients, inverse_of, parts
+from layers.chains import InSequence, assert_all_close, both_gradients, gradients, inverse_of, parts
 from layers.table import LAYERS, TOGETHER, USERS
 from mflow_kernels import (
     ActNorm,
@@ -66,21 +65,15 @@ def test_round_trip_jacobian_and_logdet(name: str) -> None:
 def test_gradients_are_those_of_stored_states(
     name: str, backwards: bool, every: int | None, dtype: torch.dtype
 ) -> None:
-    stored, x = chain_of(name, reversible=False, checkpoint_every=every)
-    stored, x = stored.to(dtype), x.to(dtype)
-    inputs = tuple(z.detach() for z in parts(stored(x)[0])) if backwards else (x,)
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
+    chain, x = chain_of(name, checkpoint_every=every)
+    chain, x = chain.to(dtype), x.to(dtype)
+    inputs = tuple(z.detach() for z in parts(chain(x)[0])) if backwards else (x,)
     for _ in range(2):  # the first pass compares both runs, the second trusts them
-        got, want = (
-            gradients(chain, *inputs, call=inverse_of(chain) if backwards else chain)
-            for chain in (rebuilt, stored)
-        )
-        assert_all_close(got, want, terms=2 * 16 * 64)
+        both = both_gradients(chain, *inputs, backwards=backwards)
+        assert_all_close(*both, terms=2 * 16 * 64)
     # In float32, the rounding grows with the number of steps between two kept states.
-    drift = rebuilt.drift
-    assert drift is not None
-    assert_close(drift, torch.zeros_like(drift), terms=64, scale=4.0)
+    assert chain.drift is not None
+    assert_close(chain.drift, torch.zeros_like(chain.drift), terms=64, scale=4.0)
 
 
 WITH_CONTEXT: dict[str, list[nn.Module]] = {
@@ -100,23 +93,15 @@ WITH_CONTEXT: dict[str, list[nn.Module]] = {
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("layers", WITH_CONTEXT.values(), ids=WITH_CONTEXT)
 def test_a_context_reaches_all_layers(layers: list[nn.Module], backwards: bool) -> None:
-    stored = perturbed(ReversibleChain(layers, reversible=False)).double()
+    chain = perturbed(ReversibleChain(layers)).double()
     x, context = torch.randn(2, 4, 6).double(), torch.randn(2, 3).double()
-    z = tuple(part.detach() for part in parts(stored(x, context)[0]))
-    back, _ = inverse_of(stored, context)(*z)  # type: ignore[misc]
+    z = tuple(part.detach() for part in parts(chain(x, context)[0]))
+    back, _ = inverse_of(chain, context)(*z)  # type: ignore[misc]
     assert_close(back, x, terms=1000)
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-
-    def run(chain: ReversibleChain) -> list[Tensor]:
-        if not backwards:
-            return gradients(chain, x, context, call=chain)
-        call = lambda *given: inverse_of(chain, given[-1])(*given[:-1])  # noqa: E731
-        return gradients(chain, *z, context, call=call)
-
-    got, want = run(rebuilt), run(stored)
-    own = len(list(stored.parameters()))
-    assert len(got) == 2 + (len(z) if backwards else 1) + own
+    given = (*z, context) if backwards else (x, context)
+    got, want = both_gradients(chain, *given, backwards=backwards, contexts=1)
+    own = len(list(chain.parameters()))
+    assert len(got) == 1 + len(given) + own
     assert got[-own - 1].any()
     assert_all_close(got, want, terms=2 * 16 * 64)
 

@@ -41,7 +41,6 @@ class Net(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.sizes = in_channels, out_channels
         self.x, self.c = nn.Linear(in_channels, out_channels), nn.Linear(5, out_channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -59,12 +58,6 @@ class Net(nn.Module):
 )
 def test_networks_of_a_factory(make, shape):
     flow = make()
-    nets = [m for m in flow.modules() if isinstance(m, Net)]
-    assert len(nets) == (2 if len(shape) == 1 else 3)
-    couplings = [m for m in flow.modules() if type(m).__name__ == "AffineCoupling"]
-    for net, coupling in zip(nets, couplings, strict=True):
-        c = coupling.channels
-        assert net.sizes == (c // 2, 2 * (c - c // 2))
     x, context = normal(3, *shape), normal(3, 5)
     flow.initialize(x, context=context)
     z, _ = flow(x, context)

@@ -8,14 +8,6 @@ from mflow_kernels import FlowStep, InvertibleConv1x1, ReversibleChain, Squeeze
 from mflow_kernels.testing import assert_close, check_bijection
 
 
-def test_permutation_and_signs_stay():
-    layer = InvertibleConv1x1(6)
-    assert {name for name, _ in layer.named_parameters()} == {"lower", "upper", "log_diagonal"}
-    assert set(layer.state_dict()) > {"permutation", "sign"}
-    assert (layer.sign.abs() == 1).all()
-    assert torch.equal(layer.permutation @ layer.permutation.t(), torch.eye(6))
-
-
 def test_entries_outside_the_triangles_do_nothing():
     layer = InvertibleConv1x1(4)
     weight = layer.weight()
@@ -60,28 +52,16 @@ def ill_conditioned(channels):
     return layer
 
 
-def test_factors_are_those_of_a_weight_with_gradients():
-    layer, weight = InvertibleConv1x1(3), normal(3, 3).requires_grad_()
-    layer.factor_(weight)
-    assert_close(layer.weight().detach(), weight.detach(), terms=3, scale=3.0)
-    assert all(parameter.is_leaf and parameter.requires_grad for parameter in layer.parameters())
-
-
 @pytest.mark.parametrize("channels", [1, 2, 12, 48])
 def test_condition_number(channels):
     layer = ill_conditioned(channels)
     singular = torch.linalg.svdvals(copy.deepcopy(layer).double().weight().detach())
     torch.testing.assert_close(layer.condition_number(), singular[0] / singular[-1])
-    assert InvertibleConv1x1(channels).condition_number() < 1 + 1e-5 * channels
-
-
-def test_condition_number_of_a_weight_that_is_not_finite():
-    layer = InvertibleConv1x1(3)
-    with torch.no_grad():
-        layer.log_diagonal[0] = -1e4
+    layer = InvertibleConv1x1(channels)
+    assert layer.condition_number() < 1 + 1e-5 * channels
+    for entry in (-1e4, float("nan")):  # e^-10000 is 0
+        layer.log_diagonal.data[0] = entry
         assert layer.condition_number() > 1e15
-        layer.log_diagonal[0] = float("nan")
-        assert layer.condition_number() == float("inf")
 
 
 @not_about_kernels
@@ -90,8 +70,12 @@ def test_condition_number_of_a_weight_that_is_not_finite():
 def test_bounding_the_condition(channels, limit):
     torch.manual_seed(channels)
     layer = ill_conditioned(channels)
+    state = copy.deepcopy(layer.state_dict())
+    condition = layer.condition_number().item()
+    assert condition > limit
+    assert not layer.bound_condition_(1.01 * condition)
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
     before = copy.deepcopy(layer).double().weight().detach()
-    assert layer.condition_number() > limit
     assert layer.bound_condition_(limit)
     # The new factors are rounded to float32, which changes W by about C roundings and its smallest
     # singular value by as much as its largest.
@@ -104,10 +88,3 @@ def test_bounding_the_condition(channels, limit):
     clipped = singular.clamp(middle / limit**0.5, middle * limit**0.5)
     assert_close(layer.weight(), (u * clipped) @ vh, terms=channels * channels)
     check_bijection(layer, (2, channels, 1, 2))
-
-
-def test_a_condition_within_the_bound_changes_nothing():
-    layer = ill_conditioned(12)
-    before = copy.deepcopy(layer.state_dict())
-    assert not layer.bound_condition_(1.01 * layer.condition_number().item())
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)

@@ -8,13 +8,11 @@ import torch
 import torch.distributed as dist
 from cases import not_about_kernels, perturbed
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
-from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
 
 RANKS = 2
@@ -49,7 +47,6 @@ def one_rank(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="expected finite values"):
         # The other rank's batch is finite, but both ranks must raise.
         glow().initialize(x * float("inf") if rank == 0 else x)
-    (folder / f"events{rank}").write_text(" ".join(exchanges(flow, x)))
     torch.save(sharded(x), folder / f"sharded{rank}.pt")
     dist.destroy_process_group()
 
@@ -59,31 +56,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(one_rank, (folder,), nprocs=RANKS)
     return folder
-
-
-def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
-    """The events of a backward pass, in order: "undo" when a level is rebuilt, "exchange" when the
-    ranks begin to sum a bucket of gradients."""
-    parallel = DistributedDataParallel(flow, bucket_cap_mb=0.001)
-    events = []
-
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        events.append("exchange")
-        return allreduce_hook(dist.group.WORLD, bucket)
-
-    parallel.register_comm_hook(None, hook)
-    train(parallel, x)  # makes the buckets
-    events.clear()
-    undo = BackwardPass.undo
-
-    def noted(*args: object) -> object:
-        events.append("undo")
-        return undo(*args)  # type: ignore[arg-type]
-
-    BackwardPass.undo = noted  # type: ignore[method-assign, assignment]
-    train(parallel, x)
-    BackwardPass.undo = undo  # type: ignore[method-assign]
-    return events
 
 
 def sharded(x: Tensor) -> list[list[Tensor]]:
@@ -121,7 +93,6 @@ def test_a_static_graph_and_sharded_weights(ranks: Path) -> None:
 
 @not_about_kernels
 def test_gradients_and_initialization_are_those_of_the_joined_batch(ranks: Path) -> None:
-    """Gradients are exchanged level by level, during the backward pass."""
     flow = glow()
     flow.initialize(batch())
     train(flow, batch())
@@ -133,8 +104,3 @@ def test_gradients_and_initialization_are_those_of_the_joined_batch(ranks: Path)
         for name, p in flow.named_parameters():
             assert p.grad is not None
             assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
-        # Gradients of the second level are exchanged before the first level is undone.
-        events = (ranks / f"events{rank}").read_text().split()
-        first, last = (i for i, event in enumerate(events) if event == "undo")
-        assert "exchange" in events[first:last]
-        assert "exchange" in events[last:]

@@ -1,25 +1,24 @@
 """Models run in channels_last on every device: states, params, gradients and network inputs.
 
 On CUDA, torch's operators return other layouts than on a CPU. The tests therefore replace the
-operators that models use by ones that behave as on CUDA: `pixel_shuffle` and `pixel_unshuffle` are
-composites of reshape and permute, and a convolution is in channels_last if its input or its weight
-is. They then check every tensor that a kernel (without the interpreter, a loop of csrc) reads or
-writes.
+operators that models use by ones that behave as on CUDA: `pixel_shuffle` and `pixel_unshuffle`
+return contiguous tensors, and a convolution is in channels_last if its input or its weight is. They
+then check every tensor that a kernel (without the interpreter, a loop of csrc) reads or writes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import normal, perturbed
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from mflow_kernels import Glow
-from mflow_kernels.interop.linear import select_channels
-from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import is_channels_last
@@ -27,42 +26,6 @@ from mflow_kernels.ops.layouts import is_channels_last
 pytestmark = pytest.mark.skipif(
     not KERNELS_ON_CPU and cpu.load_extension() is None, reason="csrc is not built"
 )
-
-
-def cuda_unshuffle(x: Tensor, factor: int) -> Tensor:
-    n, c, h, w = x.shape
-    blocks = x.reshape(n, c, h // factor, factor, w // factor, factor).permute(0, 1, 3, 5, 2, 4)
-    return blocks.reshape(n, c * factor**2, h // factor, w // factor).contiguous()
-
-
-def cuda_shuffle(x: Tensor, factor: int) -> Tensor:
-    n, c, h, w = x.shape
-    blocks = x.reshape(n, c // factor**2, factor, factor, h, w).permute(0, 1, 4, 2, 5, 3)
-    return blocks.reshape(n, c // factor**2, h * factor, w * factor).contiguous()
-
-
-class CudaConv2d(torch.autograd.Function):
-    """Like cuDNN, convert everything to channels_last if the input or the weight is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-        last = is_channels_last(x) or is_channels_last(weight)
-        ctx.format = torch.channels_last if last else torch.contiguous_format
-        ctx.padding = padding
-        ctx.save_for_backward(x, weight)
-        y = torch.ops.aten.convolution(
-            x, weight, bias, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
-        )
-        return y.clone(memory_format=ctx.format)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, x, weight, [len(weight)], [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
-            [True, True, True],
-        )  # fmt: skip
-        return dx.clone(memory_format=ctx.format), dweight, dbias, None
 
 
 class Seen:
@@ -88,60 +51,47 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     seen = Seen()
 
-    def conv2d(
-        x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, *_: Any
-    ) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    def conv2d(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
         seen.look("network input", x)
         seen.look("network weight", weight)
-        if x.requires_grad:
-            x.register_hook(lambda gradient: seen.look("gradient in a network", gradient))
-        y = CudaConv2d.apply(x, weight, bias, padding[0])
-        if y.requires_grad:
-            y.register_hook(lambda gradient: seen.look("gradient in a network", gradient))
+        last = is_channels_last(x) or is_channels_last(weight)
+        format = torch.channels_last if last else torch.contiguous_format
+        given = x.view_as(x)
+        y = torch.conv2d(given, weight, *others).clone(memory_format=format)
+        if given.requires_grad:
+            given.register_hook(lambda dx: dx.clone(memory_format=format))
+        for tensor in (given, y):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: seen.look("gradient in a network", gradient))
         return y
 
-    monkeypatch.setattr(torch.nn.functional, "pixel_unshuffle", cuda_unshuffle)
-    monkeypatch.setattr(torch.nn.functional, "pixel_shuffle", cuda_shuffle)
-    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    monkeypatch.setattr(PointwiseConv2d, "_reshaping_pays", lambda *_: False)  # on CPUs only
+    for name in ("pixel_shuffle", "pixel_unshuffle"):
+        real = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, factor, real=real: real(x, factor).contiguous())
+    monkeypatch.setattr(F, "conv2d", conv2d)
     if KERNELS_ON_CPU:
 
-        def launcher(kernel: Any, grid: object) -> Callable[..., None]:
+        def launch(kernel: Any, *args: Any, **options: Any) -> None:
             """Compute nothing, since layouts do not depend on values."""
-
-            def launch(*args: Any, **options: Any) -> None:
-                for name, value in zip(kernel.arg_names, args, strict=False):
-                    seen.look(f"{kernel.__name__}: {name}", value)
-
-            return launch
+            for name, value in zip(kernel.arg_names, args, strict=False):
+                seen.look(f"{kernel.__name__}: {name}", value)
 
         for kind in (InterpretedFunction, JITFunction):
-            monkeypatch.setattr(kind, "__getitem__", launcher)
-    else:
-        for name in (
-            "couple",
-            "_coupling_backward",
-            "conv1x1",
-            "coupling_conv1x1_backward",
-            "conv1x1_backward",
-        ):
-            watched(monkeypatch, seen, name, getattr(cpu, name))
-    return seen
+            monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: partial(launch, kernel))
+        return seen
 
-
-def watched(
-    monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str, function: Callable[..., Any]
-) -> None:
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        results = function(*args, **kwargs)
-        seen.look(f"{name}: argument", [*args, *kwargs.values()])
-        seen.look(f"{name}: result", results)
+    def watch(loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        results = loop(*args, **kwargs)
+        seen.look(f"{loop.__name__}: argument", [*args, *kwargs.values()])
+        seen.look(f"{loop.__name__}: result", results)
         return results
 
-    monkeypatch.setattr(cpu, name, watch)
+    for loop in (
+        *(cpu.change_half, cpu.change_half_backward, cpu.conv1x1),
+        *(cpu.coupling_conv1x1_backward, cpu.conv1x1_backward),
+    ):
+        monkeypatch.setattr(cpu, loop.__name__, partial(watch, loop))
+    return seen
 
 
 SHAPES = {
@@ -199,15 +149,3 @@ def test_averages_and_copies_keep_the_layout_of_weights() -> None:
         weights = [p for p in model.parameters() if p.dim() == 4]
         assert weights
         assert all(map(is_channels_last, weights))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_select_channels_keeps_the_layout(layout: str) -> None:
-    """`index_select` would return contiguous tensors."""
-    x = normal(2, 5, 3, 4, layout=layout).requires_grad_()
-    order = torch.tensor([3, 0, 4, 1, 2])
-    y = select_channels(x, order)
-    (dx,) = torch.autograd.grad(y, x, y.detach())
-    assert torch.equal(y, x[:, order])
-    assert torch.equal(dx, x)
-    assert y.stride() == dx.stride() == x.stride()

@@ -18,7 +18,6 @@ from mflow_kernels import (
     Bijection,
     FlowStep,
     InvertibleConv1x1,
-    Permutation,
     PixelPairs,
     ReversibleChain,
     ScaleFunction,
@@ -71,11 +70,6 @@ CHAINS: dict[str, Layers] = {
             )
         ),
         PixelPairs("neighbours", inverted=True),
-    ],
-    "VITS": lambda: [
-        layer
-        for _ in range(3)
-        for layer in (AffineCoupling(4, scale=None, **LINE), Permutation([3, 2, 1, 0]))
     ],
     "mixed": lambda: [
         *(FlowStep(4, **LINE), LeakyReLUOfFrames(), FlowStep(4, scale=None, **LINE), ActNorm(4)),

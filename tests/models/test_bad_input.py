@@ -23,6 +23,7 @@ from mflow_kernels import (
     local_dimension,
     manifold_mask_from_data,
 )
+from mflow_kernels.models.penalty_weight import Domain, Weight
 from mflow_kernels.ops.penalty_functions import RHOS
 from models.flows import Scale, hierarchy, image_flow
 
@@ -31,11 +32,20 @@ X = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
 POINTS = torch.ones(2, 5, dtype=torch.float64)
 NOT_FINITE = POINTS.where(torch.arange(10).view(2, 5) != 0, math.nan)
 LINEAR = [0.01, 2.0, 0.02, 1.0, 0.015]
+IMAGE, FINE, COARSE = (torch.zeros(2, *s) for s in ((1, 4, 4), (2, 2, 2), (8, 1, 1)))
+SHAPES = r"z: expected latents of shapes \(\(2, 2, 2\), \(8, 1, 1\)\), got"
+DTYPE = "expected the model's dtype float32, got"
 
 
 def jet(**changes: object) -> Callable[[], Jet]:
     arguments = {"image_shape": (1, 8, 8), "patch": 2, "couplings": 2, "depth": 1, "width": 8}
     return lambda: Jet(**{**arguments, "heads": 2, **changes})
+
+
+def classified(*names: str) -> ManifoldFlow:
+    model = ManifoldFlow(VectorFlow(3, 1, 4, context_channels=2), 2)
+    model.class_names = names
+    return model
 
 
 def masked(**arguments: object) -> Callable[[], ManifoldFlow]:
@@ -62,6 +72,12 @@ def density(x: Tensor = X, dim: int = 5, **how: object) -> object:
     return image_flow(dim=dim).manifold_log_prob(x, **how)
 
 
+def terms(x: Tensor = X, domain: Domain = "data", weight: Weight = 1.0) -> object:
+    flow = image_flow()
+    flow.objective = ManifoldObjective(domain, weight=weight)
+    return flow.terms(x)
+
+
 def without_gradient(call: Callable[[], object]) -> object:
     with torch.no_grad():
         return call()
@@ -83,6 +99,16 @@ FLOWS: Rows = [
     )),
     *((lambda s=s: Glow((1, 4, 4), 1, 1, 2)(normal(*s)), ValueError, r"x: .*\(N, 1, 4, 4\), got \(")
       for s in ((2, 1, 4, 6), (2, 3, 4, 4), (1, 4, 4), (2, 16))),
+    *((call, ValueError, f"context: expected {words}") for call, words in (
+        (lambda: classified().sample(1, context="circle"), "no name without class_names, got 'cir"),
+        (lambda: classified().distribution("circle"), "no name without class_names, got 'circle'"),
+        (lambda: classified("circle", "square").sample(1, context="cube"),
+         "one of circle, square, got 'cube'"),
+        (lambda: classified("circle", "square").sample(2, context=["circle", "cube"]),
+         "one of circle, square, got 'cube'"),
+        (lambda: classified("circle", "square").sample(3, context=["circle", "square"]),
+         "one class for each of 3 samples, got"),
+    )),
     (lambda: VectorFlow(3, 1, 4)(normal(2, 16)), ValueError, r"x: .*\(N, 3\), got \(2, 16\)"),
     (lambda: VectorFlow(1, 1, 4), ValueError, "dim: expected at least 2, got 1"),
     (lambda: VectorFlow(3, 0, 4), ValueError, "steps: expected at least 1, got 0"),
@@ -98,6 +124,26 @@ FLOWS: Rows = [
     (jet(depth=1.0), TypeError, "depth: expected a whole number, got float"),
     (jet(heads=3), ValueError, "width: expected a multiple of heads = 3, got 8"),
     (jet(context_channels=-1), ValueError, "context_channels: expected at least 0, got -1"),
+    (lambda: jet()()(normal(2, 1, 8, 6)), ValueError, r"x: expected shape \(N, 1, 8, 8\), got \("),
+    *((lambda c=c: jet(context_channels=3)()(normal(2, 1, 8, 8), *c), error, f"context: {words}")
+      for c, error, words in (
+        ((), TypeError, r"expected classes, vectors \(N, 3\) or maps"),
+        ((torch.tensor([1, 3]),), ValueError, "expected classes from 0 to 2, got 1 to 3"),
+    )),
+    *((lambda n=n, s=s: getattr(Glow((1, 4, 4), 2, 1, 2), n)(s), error, words)
+      for n, s, error, words in (
+        ("inverse", (COARSE, FINE), ValueError, SHAPES),
+        ("inverse", (FINE,), ValueError, SHAPES),
+        ("inverse", (FINE[:1], COARSE), ValueError, r"z\[0\]: expected shape \(2, 2, 2, 2\), got"),
+        ("inverse", FINE, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
+        ("inverse", (FINE, COARSE.double()), TypeError, rf"z\[1\]: {DTYPE} float64"),
+        ("inverse", (FINE, COARSE.bfloat16()), TypeError, rf"z\[1\]: {DTYPE} bfloat16"),
+        ("forward", IMAGE.byte(), TypeError, r"x: expected dtype float.*got uint8"),
+        ("forward", IMAGE.numpy(), TypeError, r"x: expected a torch.Tensor, got ndarray"),
+        ("forward", IMAGE.to("meta"), ValueError, "x: expected the model's device cpu, got meta"),
+        ("initialize", IMAGE.double(), TypeError, f"x: {DTYPE} float64"),
+        ("initialize", IMAGE.half(), TypeError, f"x: {DTYPE} float16"),
+    )),
 ]  # fmt: skip
 
 FINE_AND_COARSE = (2, 2, 2), (8, 1, 1)
@@ -124,6 +170,19 @@ MANIFOLDS: Rows = [
     (lambda: image_flow().inpaint(X, torch.ones(4, 4), 0.1), TypeError, "known: .*dtype bool, got"),
     (lambda: image_flow().inpaint(X, *ones((3,)), 0.1), ValueError, "known: .*broadcasts to"),
     (lambda: image_flow().inpaint(X, *ones((4,)), 0.0), ValueError, "deviation: .*> 0, got 0"),
+    *((lambda call=call, make=make: call(make()), error, words)
+      for make in (image_flow, lambda: hierarchy(6, 4)) for call, error, words in (
+        (lambda m: m.interpolate(X, X, 1), ValueError, "steps: expected at least 2, got 1"),
+        (lambda m: m.interpolate(X, X, 2.0), TypeError, "steps: .*whole number, got float"),
+        (lambda m: m.interpolate(X, X[:2], 3), ValueError,
+         r"x1: expected the shape of x0 \(3, 1, 4, 4\), got \(2,"),
+        (lambda m: m.ood_score(X), TypeError, r"got none; \w+Flow.deviation\(training_data\)"),
+        *((lambda m, d=d: m.ood_score(X, d), ValueError, "deviation: .*finite number > 0, got")
+          for d in (0.0, -1.0, math.inf, math.nan)),
+        (lambda m: m.deviation(X[:0]), ValueError, "x: expected at least one sample, got shape"),
+        *((lambda m, n=n: getattr(m, n)(X.long()), TypeError, "x: expected dtype .* got int64")
+          for n in ("encode", "log_prob", "distance", "manifold_log_prob")),
+    )),
     (lambda: HierarchicalFlow([]), ValueError, "stages: expected at least one ManifoldFlow"),
     (lambda: staged(VectorFlow(6, 1, 4)), TypeError, r"stages\[1\]: .*got VectorFlow"),
     (lambda: staged(ManifoldFlow(VectorFlow(5, 1, 4), 2)), ValueError,
@@ -153,7 +212,7 @@ WEIGHTS = [
     ("data", math.inf, ValueError, "a finite number > 0, got inf"),
     ("data", None, TypeError, "a number, got NoneType"),
     ("data", "std", ValueError, "a number, a map or 'variance', got 'std'"),
-    ("latent", "variance", ValueError, f"{LATENT} 'variance': stretching v"),
+    ("latent", "variance", ValueError, f"{LATENT} 'variance': the weight"),
     ("latent", ErrorBound(0.1), ValueError, f"{LATENT} ErrorBound: the weight"),
     ("latent", WeightSchedule(2, 1, 3), ValueError, f"{LATENT} WeightSchedule: the weight"),
     ("latent", torch.ones(3), TypeError, "a tuple .* latent domain, got a Tensor"),
@@ -172,6 +231,18 @@ OBJECTIVES: Rows = [
     (lambda: ManifoldObjective(rho="l3"), ValueError, f"rho: .* {', '.join(RHOS)}, got 'l3'"),
     (lambda: ManifoldObjective(delta=0), ValueError, "delta: .* finite number > 0, got 0"),
     (lambda: ManifoldObjective(sigma=math.nan), ValueError, "sigma: .* number > 0, got nan"),
+    (lambda: image_flow(ManifoldObjective(weight=torch.ones(3, 4))), ValueError,
+     r"weight: .* broadcasts to \(1, 4, 4\), got \(3, 4\)"),
+    (lambda: terms(domain="latent", weight=(torch.ones(2, 1, 1),)), ValueError,
+     "weight: expected one map for each of 2 latents, got 1"),
+    (lambda: terms(domain="latent", weight=(torch.ones(2, 1, 1),) * 2), ValueError,
+     r"weight\[1\]: .* broadcasts to \(8, 1, 1\), got \(2, 1, 1\)"),
+    *((lambda x=x, d=d: terms(x, d), error, words)
+      for d in ("latent", "data") for x, error, words in (
+        (X.long(), TypeError, "x: expected dtype .* got int64"),
+        (X[:0], ValueError, r"x: expected at least one sample, got shape \(0, 1, 4"),
+        (X[..., :2], ValueError, r"x: expected shape \(N, 1, 4, 4\), got \(3, 1, 4, 2\)"),
+    )),
     (lambda: ErrorBound(0.0), ValueError, "error: expected a finite number > 0, got 0.0"),
     (lambda: ErrorBound(0.1, math.inf), ValueError, "start: expected a finite number > 0"),
     (lambda: WeightSchedule(1, -1, 5), ValueError, "end: expected a finite number > 0, got -1"),

@@ -59,35 +59,9 @@ def test_runs_on_the_meta_device(reversible):
     assert glow.inverse(z)[0].shape == x.shape
 
 
-X, FINE, COARSE = torch.zeros(2, 1, 4, 4), torch.zeros(2, 2, 2, 2), torch.zeros(2, 8, 1, 1)
-SHAPES = r"z: expected latents of shapes \(\(2, 2, 2\), \(8, 1, 1\)\), got"
-DTYPE = "expected the model's dtype float32, got"
-
-
-@pytest.mark.parametrize(
-    ("call", "given", "error", "message"),
-    [
-        ("inverse", (COARSE, FINE), ValueError, SHAPES),
-        ("inverse", (FINE,), ValueError, SHAPES),
-        ("inverse", (FINE[:1], COARSE), ValueError, r"z\[0\]: expected shape \(2, 2, 2, 2\), got"),
-        ("inverse", FINE, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
-        ("forward", X.byte(), TypeError, r"x: expected dtype float.*got uint8"),
-        ("forward", X.numpy(), TypeError, r"x: expected a torch.Tensor, got ndarray"),
-        ("forward", X.to("meta"), ValueError, "x: expected the model's device cpu, got meta"),
-        ("initialize", X.double(), TypeError, f"x: {DTYPE} float64"),
-        ("initialize", X.half(), TypeError, f"x: {DTYPE} float16"),
-        ("inverse", (FINE, COARSE.double()), TypeError, rf"z\[1\]: {DTYPE} float64"),
-        ("inverse", (FINE, COARSE.bfloat16()), TypeError, rf"z\[1\]: {DTYPE} bfloat16"),
-    ],
-)
-def test_states_that_do_not_fit(call, given, error, message):
-    with pytest.raises(error, match=message):
-        getattr(Glow((1, 4, 4), 2, 1, 2), call)(given)
-
-
 def test_autocast_takes_bfloat16_images():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Glow((1, 4, 4), 2, 1, 2)(X.bfloat16())[1].isfinite().all()
+        assert Glow((1, 4, 4), 2, 1, 2)(normal(2, 1, 4, 4).bfloat16())[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dim", [2, 5])

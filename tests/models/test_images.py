@@ -35,50 +35,39 @@ def photo(seed, size=(20, 14), mode="RGB"):
     return Image.fromarray(pixels)
 
 
+# Formats of files that have no such mode.
+UNKNOWN = {("jpg", "I;16"), ("jpg", "P"), ("jpg", "LA"), ("png", "CMYK")}
+
+
 @pytest.mark.parametrize("crop", [None, 10])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_preprocessing_equals_that_of_training(channels, crop, tmp_path):
-    """The pixels equal those of prepared files, and the noise is the same."""
-    rotated = Image.Exif()
+def test_files_are_decoded_as_in_training(channels, crop, tmp_path):
+    """The pixels equal those of prepared files, and the noise is the same. EXIF turns an image.
+    Pillow mixes up the pixels of TIFFs that it opens by their paths."""
+    rotated, grey = Image.Exif(), photo(1, mode="L")
     rotated[0x0112] = 6
-    photo(0).save(tmp_path / "a.png")
-    photo(1, mode="L").save(tmp_path / "b.png")
-    photo(2).save(tmp_path / "c.jpg", exif=rotated)
-    entries, form = find_images(tmp_path).entries, Format(8, channels, crop)
-    stored = np.stack([decode(entry, form)[0] for entry in entries])
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    images = [grey, deep, *(photo(1).convert(mode) for mode in ("RGB", "P", "1", "LA", "CMYK"))]
+    for form in ("jpg", "png", "tiff"):
+        for number, image in enumerate(images):
+            if (form, image.mode) not in UNKNOWN:
+                image.save(tmp_path / f"{number}.{form}", exif=rotated)
+    entries, pixels = find_images(tmp_path).entries, Format(8, channels, crop)
+    stored = np.stack([decode(entry, pixels)[0] for entry in entries])
+    opened = [Image.open(path) for path in sorted(tmp_path.iterdir())]
+    assert len(stored) == len(opened) == 17
     flow = model(channels, crop=crop)
-    opened = [Image.open(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
-    generator = torch.Generator().manual_seed(3)
-    x = flow.preprocess(opened, noise=True, generator=generator)
+    x = flow.preprocess(opened, noise=True, generator=torch.Generator().manual_seed(3))
     expected = dequantize(torch.from_numpy(stored), 5, torch.Generator().manual_seed(3))
     assert torch.equal(x, expected)
     levels = torch.from_numpy(stored // 8).float()
-    assert torch.equal(flow.preprocess(opened), (levels + 0.5) / 32 - 0.5)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P", "1", "LA", "CMYK"])
-@pytest.mark.parametrize("form", ["tiff", "png"])
-def test_files_are_decoded_as_in_training(mode, form, tmp_path):
-    """EXIF turns the image. Pillow mixes up the pixels of TIFFs that it opens by their paths."""
-    if (mode, form) == ("CMYK", "png"):
-        pytest.skip("the format has no such mode")
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    grey = photo(1, mode="L")
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    else:
-        image = (grey if mode == "L" else photo(1)).convert(mode)
-    path = tmp_path / f"a.{form}"
-    image.save(path, exif=rotated)
-    stored = decode(find_images(tmp_path).entries[0], Format(8, 3))[0][None]
-    levels = torch.from_numpy(stored // 8).float()
-    with Image.open(path) as opened:
-        assert torch.equal(model().preprocess(opened), (levels + 0.5) / 32 - 0.5)
-        assert opened.filename  # as it was
-    if mode in ("L", "I;16"):
-        turned = Image.fromarray(np.rot90(np.asarray(grey), -1))
-        assert torch.equal(model().preprocess(turned), (levels + 0.5) / 32 - 0.5)
+    centres = (levels + 0.5) / 32 - 0.5
+    assert torch.equal(flow.preprocess(opened), centres)
+    assert all(image.filename for image in opened)  # as they were
+    turned = flow.preprocess(Image.fromarray(np.rot90(np.asarray(grey), -1)))[0]
+    for x, image in zip(centres, opened, strict=True):
+        if image.mode in ("L", "I;16") and not image.filename.endswith("jpg"):
+            assert torch.equal(x, turned)
 
 
 def test_arrays_and_single_images():
@@ -98,6 +87,7 @@ MODELS = {
     "chain": lambda: ReversibleChain([Squeeze(), FlowStep(12, width=4)], input_shape=(3, 8, 8)),
     "manifold of a chain": lambda: ManifoldFlow(MODELS["chain"](), 5),
     "hierarchy": model,
+    "grey hierarchy": lambda: model(1),
 }
 
 
@@ -107,10 +97,11 @@ def test_every_model_of_images(name):
     flow.n_bits = 5
     x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
     bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), 3 * 8 * 8, 5))
+    assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), x[0].numel(), 5))
     assert not bits.requires_grad
     back = flow.postprocess(flow.preprocess(images))
-    assert [(image.mode, image.size) for image in back] == [("RGB", (8, 8))] * 2
+    mode = "RGB" if len(x[0]) == 3 else "L"
+    assert [(image.mode, image.size) for image in back] == [(mode, (8, 8))] * 2
     assert torch.equal(flow.preprocess(back), flow.preprocess(images))
 
 

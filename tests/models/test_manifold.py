@@ -9,18 +9,6 @@ from mflow_kernels.testing import assert_close
 from models.flows import image_flow
 
 
-def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
-    flow = image_flow(dim=9)
-    fine, coarse = flow.off_masks()
-    assert fine.shape == (2, 2, 2)
-    assert coarse.shape == (8, 1, 1)
-    assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer one
-    assert (~fine).nonzero().tolist() == [[1, 0, 0]]
-    fine, coarse = image_flow(dim=3).off_masks()
-    assert fine.all()
-    assert coarse.flatten().tolist() == [True] * 5 + [False] * 3
-
-
 def test_the_default_mask_covers_the_image_evenly():
     """The shapes are those of a two-level flow on 28x28 images."""
 
@@ -57,16 +45,6 @@ def test_encode_and_decode_follow_the_mask():
     zeroed = tuple(torch.where(m, part, 0.0) for part, m in zip(z, mask, strict=True))
     assert_close(flow.decode(u), flow.flow.inverse(zeroed)[0], terms=100)
     torch.testing.assert_close(flow.off_masks(), tuple(~m for m in mask))
-
-
-def test_the_state_dict_holds_the_masks():
-    mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
-    flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
-    other = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), flow.manifold_dim)
-    other.load_state_dict(flow.state_dict())
-    x = normal(2, 1, 4, 4)
-    assert torch.equal(other.encode(x), flow.encode(x))
-    torch.testing.assert_close(other.off_masks(), flow.off_masks())
 
 
 def test_masks_broadcast_and_may_repeat_the_dimension():

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from cases import normal
-from torch import nn
 
 from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
 from mflow_kernels.ops.penalty_functions import RHOS, penalty_function, penalty_log_normalizer
@@ -71,7 +70,7 @@ def test_the_variance_is_tracked_in_training(rho):
     """w maximizes the likelihood of all errors so far, under the density exp(-w rho) / Z."""
     flow = image_flow(ManifoldObjective("data", rho, weight="variance", delta=0.4)).train()
     means = []
-    for scale in (1.0, 3.0, 0.5):
+    for scale in (0.01, 1.0, 30.0):  # errors below and above delta
         x = scale * normal(*X, dtype=torch.float64)
         error = (x - flow.project(x)).detach()
         means.append(rho_of(rho, error, 0.4).mean())
@@ -84,24 +83,6 @@ def test_the_variance_is_tracked_in_training(rho):
         expected = w.detach() * rho_of(rho, error, 0.4).flatten(1).sum(1)
         assert_close(terms.penalty.float(), expected, terms=3)
     assert flow.objective.batches == 3
-
-
-@pytest.mark.parametrize(
-    ("rho", "errors", "weight"),
-    [
-        ("l2", torch.distributions.Normal(0.0, 0.1), 100.0),  # 1 / 0.1^2
-        ("l1", torch.distributions.Laplace(0.0, 0.1), 10.0),  # 1 / 0.1
-        ("huber", torch.distributions.Normal(0.0, 0.1), 100.0),  # delta is 4 deviations
-        ("huber", torch.distributions.Laplace(0.0, 20.0), 0.125),  # |e| / (20 delta), delta = 0.4
-    ],
-)
-def test_the_calibrated_weight_of_a_known_distribution(rho, errors, weight):
-    """Quantiles stand for samples: they leave out the tails, which changes w by less than 1%."""
-    quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    e = errors.icdf(quantiles).view(2, -1)
-    objective = ManifoldObjective(rho=rho, weight="variance", delta=0.4).double().train()
-    objective._adapt(e, torch.zeros_like(e))
-    assert objective.trained_weight.item() == pytest.approx(weight, rel=0.015)
 
 
 def test_evaluation_keeps_the_variance_and_the_state_dict_holds_it():
@@ -175,67 +156,29 @@ def test_draws_off_the_manifold_follow_p_v(rho, weight):
     assert e.mean().item() == pytest.approx(0.0, abs=4 * e.std().item() / math.sqrt(len(e)))
 
 
-class OneParameter(nn.Module):
-    """A model whose penalized likelihood has a known optimum: with sigma = 1,
-
-    -log p = (theta - 3)^2 / 2 + constant, and every pixel's error is theta.
-    """
-
-    input_shape = (2,)
-    latent_shapes = ((2,),)
-    prior = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def latents(self, x, context=None):
-        v = (self.theta - 3).expand(len(x))
-        return (torch.stack([torch.zeros_like(v), v], 1),), torch.zeros_like(v)
-
-    def off_masks(self):
-        return (torch.tensor([False, True]),)
-
-    def gather(self, latents):
-        return latents[0][:, :1]
-
-    def decode(self, u, context=None):
-        return self.theta.expand(len(u), 2)
+def test_a_bound_multiplies_the_weight_by_the_ratio_of_error_and_bound():
+    flow = image_flow(ManifoldObjective("data", "l1", weight=ErrorBound(0.5, 3.0))).train()
+    weight, mean = 3.0, 0.0
+    for batch, scale in enumerate((1e-3, 1e-3, *[1.0] * 9, 0.3, 10.0, 1e-3), start=1):
+        x = scale * normal(*X, dtype=torch.float64)
+        error = (x - flow.project(x)).detach()
+        mean += (error.square().mean().item() - mean) / min(batch, 10)
+        weight *= min(max(mean / 0.5, math.exp(-1)), math.e) ** 0.005
+        penalty = weight * error.abs().flatten(1).sum(1)
+        assert_close(flow.terms(x).penalty.float(), penalty, terms=20)  # w is float32
+        assert flow.objective.trained_weight.item() == pytest.approx(weight, rel=1e-6)
 
 
-def trained(objective, steps):
-    model, objective = OneParameter(), objective.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        objective(model, torch.zeros(3, 2, dtype=torch.float64)).loss.mean().backward()
-        optimizer.step()
-    return model.theta.item(), objective.trained_weight.item()
-
-
-def test_a_bound_finds_the_lagrange_multiplier():
-    """Minimize (theta - 3)^2 / 2 subject to theta^2 <= 1: theta = 1, and 2 = 2 w theta, so w = 1.
-
-    Near the optimum log w decays by 0.005 * 4 / 3 of itself in a step, to e^-4.7 = 0.01 in 700.
-    """
-    theta, weight = trained(ManifoldObjective(weight=ErrorBound(1.0, 2.0), sigma=1.0), 700)
-    assert theta == pytest.approx(1.0, abs=0.01)
-    assert weight == pytest.approx(1.0, abs=0.01)
-
-
-def test_the_multiplier_of_a_bound_that_holds_anyway_vanishes():
-    """theta = 3 is the unconstrained optimum; the weight falls to its least value."""
-    theta, weight = trained(ManifoldObjective(weight=ErrorBound(16.0, 0.003), sigma=1.0), 400)
-    assert weight == pytest.approx(1e-3, rel=1e-5)
-    assert theta == pytest.approx(3 / (1 + 2e-3), abs=1e-3)
-
-
-def test_a_bound_out_of_reach_leaves_a_finite_weight():
-    objective = ManifoldObjective(weight=ErrorBound(1e-6), sigma=1.0).train()
+@pytest.mark.parametrize(
+    ("bound", "limit"), [(ErrorBound(1e-6), 1e8), (ErrorBound(9, 0.003), 1e-3)]
+)
+def test_the_weight_of_a_bound_has_limits(bound, limit):
+    """If the bound is out of reach, or holds with any weight."""
+    objective = ManifoldObjective(weight=bound).train()
     error = torch.ones(2, 3)
     for _ in range(1200):
         objective._adapt(error, torch.zeros_like(error))
-    assert objective.trained_weight.item() == pytest.approx(1e8, rel=1e-5)
+    assert objective.trained_weight.item() == pytest.approx(limit, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["variance", ErrorBound(0.5)])

@@ -1,6 +1,8 @@
 """Models that are saved without a run, and loaded again."""
 
+import copy
 import json
+import re
 from operator import setitem
 
 import pytest
@@ -147,22 +149,8 @@ def test_a_saved_model_loads_with_the_same_bits(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:mask:")
 def test_every_kind_is_in_the_table_above():
     """A class that gets a row must be saved by a test."""
-    used = set()
-
-    def collect(node):
-        for value in node.values() if isinstance(node, dict) else node:
-            if isinstance(value, (dict, list)):
-                collect(value)
-        used.update([node["class"]] if isinstance(node, dict) else [])
-
-    for make in MODELS.values():
-        collect(architecture.describe(make()))
-    assert used == architecture.KINDS.keys()
-
-
-def tied() -> ReversibleChain:
-    step = FlowStep(3, width=4, spatial_dims=0)
-    return ReversibleChain([step, step], input_shape=POINT)
+    descriptions = json.dumps([architecture.describe(make()) for make in MODELS.values()])
+    assert {*re.findall(r'"class": "(\w+)"', descriptions)} == architecture.KINDS.keys()
 
 
 def tied_tensor() -> VectorFlow:
@@ -204,10 +192,6 @@ REFUSED = {
         edited(lambda step, net: setattr(step.coupling, "scale", ScaleFunction("exp"))),
         r"chain.layers.1.coupling.scale: expected Scale",
     ),
-    "another padding": (
-        edited(lambda step, net: setattr(net[0], "padding_mode", "circular")),
-        r"net.0.padding_mode: expected zeros, got circular",
-    ),
     "a hook": (
         edited(lambda step, net: net.register_forward_hook(lambda *_: None)),
         r"chain.layers.1.coupling.net: expected no hooks",
@@ -225,10 +209,6 @@ REFUSED = {
         "numbers of one dtype, got torch.float32, torch.float64",
     ),
     "an own network": (lambda: glow(network=own_net), "network: expected built-in networks"),
-    "an own network inside": (
-        lambda: ManifoldFlow(glow(network=own_net), 5),
-        "flow.network: expected built-in networks",
-    ),
     "an own network in a chain": (
         lambda: ReversibleChain([FlowStep(4, own_net(2, 4))]),
         r"layers\[0\].net: expected a network that coupling_net builds, got Conv2d",
@@ -238,7 +218,6 @@ REFUSED = {
         r"stages\[0\].objective.weight: .*no map",
     ),
     "a subclass": (lambda: MyGlow(IMAGE, 1, 1), "model: expected one of Glow, .* got MyGlow"),
-    "a tied step": (tied, r"layers.1.actnorm.bias: .* it is that of layers.0.actnorm.bias"),
     "a tied tensor": (tied_tensor, r"layers.1.actnorm.bias: .* that of chain.layers.0.actnorm"),
 }
 
@@ -254,21 +233,29 @@ def test_what_cannot_be_saved_is_refused_by_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value"),
     [
-        ("n_bits", 9, r"n_bits, crop, class_names: expected .* got \(9, None, \[\]\)"),
-        ("crop", 0, r"got \(None, 0, \[\]\)"),
-        ("class_names", ("cat",), r"one for each of 0 classes, got \(None, None, \['cat'\]\)"),
-        (None, None, r"finite numbers to save, but chain.layers.1.actnorm.bias has others"),
+        *(("n_bits", 9), ("n_bits", "8"), ("crop", 0), ("class_names", ["a"])),
+        *(("class_names", [1, 2]), ("dtype", "int8"), ("dtype", None), ("model", [])),
     ],
 )
-def test_what_could_not_be_loaded_is_not_saved(name, value, message, tmp_path):
+def test_values_of_no_model_are_neither_saved_nor_loaded(name, value, tmp_path):
+    saved, path = model(context_channels=2), tmp_path / "model" / "model.json"
+    saved.save_pretrained(path.parent)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=r"^folder: .*class_names"):
+        HierarchicalFlow.from_pretrained(path.parent)
+    if hasattr(saved, name):
+        setattr(saved, name, value)
+        with pytest.raises(ValueError, match="n_bits, crop, class_names: expected"):
+            saved.save_pretrained(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     flow = glow()
-    if name is None:
-        flow.chain.layers[1].actnorm.bias.data[0] = torch.nan
-    else:
-        setattr(flow, name, value)
-    with pytest.raises(ValueError, match=message):
+    flow.chain.layers[1].actnorm.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite .*, but chain.layers.1.actnorm.bias has others"):
         flow.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -327,22 +314,15 @@ EARLIER = {
 }
 
 
-def write_earlier(folder):
-    """Write a folder as earlier versions did; return its model."""
+def test_a_folder_of_an_earlier_version(tmp_path):
     glow, how = Glow(IMAGE, 2, 1, 4, context_channels=2), WeightSchedule(100.0, 5.0, 30)
     first = ManifoldFlow(glow, 6, objective=ManifoldObjective("data", "l2", how, 1.0))
     objective = ManifoldObjective("latent", "huber", 3.0, 0.5, 0.1)
     second = ManifoldFlow(VectorFlow(6, 2, 3, context_channels=2), 2, objective=objective)
     whole = perturbed(HierarchicalFlow([first, second])).eval()
-    save_file(
-        {n: t.contiguous() for n, t in whole.state_dict().items()}, folder / "model.safetensors"
-    )
-    (folder / "model.json").write_text(json.dumps(EARLIER))
-    return whole
-
-
-def test_a_folder_of_an_earlier_version(tmp_path):
-    whole = write_earlier(tmp_path)
+    tensors = {n: t.contiguous() for n, t in whole.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text(json.dumps(EARLIER))
     loaded = HierarchicalFlow.from_pretrained(tmp_path)
     assert (loaded.n_bits, loaded.crop, loaded.class_names) == (5, None, ("cat", "dog"))
     x, classes = normal(3, *IMAGE), torch.tensor([0, 1, 1])
@@ -350,16 +330,12 @@ def test_a_folder_of_an_earlier_version(tmp_path):
         got, want = (m.terms(x, stage=stage, context=classes) for m in (loaded, whole))
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert architecture.describe(loaded) == architecture.describe(whole)
-
-
-@pytest.mark.parametrize("name", ["weight_steps", "domain", "manifold_dim"])
-def test_an_earlier_file_that_lacks_a_value(name, tmp_path):
-    write_earlier(tmp_path)
-    whole = json.loads(json.dumps(EARLIER))
-    del whole["architecture"]["stages"][0][name]
-    (tmp_path / "model.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match=f"folder: expected an architecture .*'{name}'"):
-        HierarchicalFlow.from_pretrained(tmp_path)
+    for name in ("weight_steps", "domain", "manifold_dim"):
+        lacking = copy.deepcopy(EARLIER)
+        del lacking["architecture"]["stages"][0][name]
+        (tmp_path / "model.json").write_text(json.dumps(lacking))
+        with pytest.raises(ValueError, match=f"folder: expected an architecture .*'{name}'"):
+            HierarchicalFlow.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "missing"])
@@ -372,14 +348,6 @@ def test_folders_that_cannot_be_read_or_written(name, tmp_path):
     long = tmp_path / ("n" * 250)  # as long as a file system allows, nearly
     glow().save_pretrained(long)
     assert Glow.from_pretrained(long).levels == 2
-
-
-def test_an_existing_folder_is_kept(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists"):
-            model().save_pretrained(folder)
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
@@ -402,23 +370,10 @@ def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
     assert not Glow.from_pretrained(folder).chain.reversible
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     (folder / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists$"):
-        glow().save_pretrained(folder, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("n_bits", 9), ("n_bits", "8"), ("crop", 0), ("class_names", ["a"])),
-        *(("class_names", [1, 2]), ("dtype", "int8"), ("dtype", None), ("model", [])),
-    ],
-)
-def test_damaged_values(name, value, tmp_path):
-    model(context_channels=2).save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(ValueError, match=r"^folder: .*class_names"):
-        HierarchicalFlow.from_pretrained(tmp_path / "model")
+    for other in (folder, folder / "notes"):
+        with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists$"):
+            glow().save_pretrained(other, overwrite=True)
+    assert (folder / "notes").read_text() == "mine"
 
 
 def test_the_weights_hold_nothing_but_the_tensors(tmp_path):

@@ -9,7 +9,7 @@ from cases import normal, perturbed
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.models.volume import log_volume
 from mflow_kernels.testing import assert_close, tolerance
-from models.flows import Scale, assert_gradient_is_a_difference
+from models.flows import Scale, assert_gradient_is_a_difference, jacobians
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -26,17 +26,13 @@ def hierarchy() -> HierarchicalFlow:
     return HierarchicalFlow([image_flow(6), vector_flow(6, 6), vector_flow(6, 3)])
 
 
+def of_plain_torch() -> ManifoldFlow:
+    return ManifoldFlow(Scale([3.0, 2.0, 5.0]), 2)
+
+
 def linear(matrix):
     """Return the function u -> matrix u, (N, D)."""
     return lambda u: u @ matrix.T
-
-
-def jacobians(decode, u):
-    """Return J (N, D, d) by reverse mode."""
-    rows = [
-        torch.autograd.functional.jacobian(lambda v: decode(v[None])[0].flatten(), one) for one in u
-    ]
-    return torch.stack(rows)
 
 
 def expected_log_prob(model, x):
@@ -45,7 +41,7 @@ def expected_log_prob(model, x):
     return -(u.square() / 2 + LOG_2PI / 2).sum(1) - singular.log().sum(1)
 
 
-@pytest.mark.parametrize("make", [vector_flow, image_flow, hierarchy])
+@pytest.mark.parametrize("make", [vector_flow, image_flow, hierarchy, of_plain_torch])
 def test_exact_against_autograd(make):
     model = make()
     x = normal(3, *model.input_shape, dtype=torch.float64)
@@ -60,7 +56,7 @@ def test_passes_of_few_columns_and_samples_change_nothing(monkeypatch):
         estimated = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
         # A pass now takes four samples or columns of 16 pixels.
         monkeypatch.setattr("mflow_kernels.models.volume.PASS_ELEMENTS", 64)
-        assert_close(model.manifold_log_prob(x).value, whole.value, terms=100)
+        assert_close(model.manifold_log_prob(x, max_bytes=1000).value, whole.value, terms=100)
         parts = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
     assert_close(parts.value, estimated.value, terms=100)
 
@@ -74,20 +70,6 @@ def test_the_density_on_the_whole_space_is_the_ambient_density():
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     assert torch.equal(model.manifold_log_prob(x).value, model.log_prob(x))
     assert_close(model.log_prob(x), expected_log_prob(model, x), terms=10_000)
-
-
-def test_the_estimate_is_within_its_error(device):
-    model = image_flow(8).to(device)
-    x = normal(6, 1, 4, 4, dtype=torch.float64, device=device)
-    exact = model.manifold_log_prob(x).value
-    options = {"method": "hutchinson", "probes": 24}
-    got = model.manifold_log_prob(x, generator=seeded(0, device), **options)
-    again = model.manifold_log_prob(x, generator=seeded(0, device), **options)
-    assert torch.equal(got.value, again.value)
-    assert (got.error > 0).all()
-    # Student's t with 23 degrees of freedom exceeds 5 once in 20,000 draws; there are 6 here.
-    assert ((got.value - exact).abs() < 5 * got.error).all()
-    assert (got.error < 1).all()
 
 
 def test_errors_have_the_right_size():
@@ -182,16 +164,3 @@ def test_autocast_does_not_round_the_volume(method):
             assert torch.equal(
                 log_volume(model.decode, u, 16, method, generator=seeded()).value, plain
             )
-
-
-def test_any_bijection_of_plain_torch_works():
-    model = ManifoldFlow(Scale([3.0, 2.0, 5.0]), 2)
-    x = torch.zeros(2, 3, dtype=torch.float64)
-    got = model.manifold_log_prob(x).value
-    assert_close(got, torch.full_like(got, -math.log(2 * 5) - LOG_2PI), terms=10)
-
-
-def test_one_sample_at_a_time_takes_less_memory():
-    with torch.no_grad():
-        x = normal(3, 1, 4, 4, dtype=torch.float64)
-        assert image_flow().manifold_log_prob(x, max_bytes=1000).value.isfinite().all()

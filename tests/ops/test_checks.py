@@ -1,15 +1,21 @@
 """Bad input raises an error before any kernel runs. The error names the argument, the expected
 value and the given one."""
 
+import math
 import re
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
 from cases import FLOW_OPERATORS
 
 from benchmarks.harness.table import Operator
+from mflow_kernels import ops
+from mflow_kernels.ops.scale import Kind
 
+KINDS = ", ".join(get_args(Kind))
 # Right shapes of the inputs.
 SHAPES: dict[str, tuple[int, ...]] = {
     "x": (2, 4, 3, 5),
@@ -30,7 +36,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("precision", "fp8", ValueError, "expected one of tf32x3, tf32, got 'fp8'"),
 ]
 for scale in ("relu", None, 1.0):
-    message = f"expected one of sigmoid, double-sigmoid, softplus, exp, tanh, atan, got {scale!r}"
+    message = f"expected one of {KINDS}, got {scale!r}"
     BAD.append(("scale", scale, ValueError, message))
 for name, shape in SHAPES.items():
     BAD += [
@@ -89,3 +95,89 @@ def test_one_channel(op: Operator) -> None:
     state = "y" if op.inverse else "x"
     with pytest.raises(ValueError, match=rf"^{state}: expected at least 2 channels .*\(2, 1, 3\)"):
         op.call(*(torch.ones(sizes[name]) for name in op.inputs))
+
+
+# Functions of other arguments than states: the argument that is wrong, the error and its message.
+ONES = torch.ones(2, 3, 4, 4)
+LEARNED = ONES.clone().requires_grad_()
+OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "penalty": (ops.masked_penalty, {"input": ONES}),
+    "logdet": (ops.accumulate_logdet, {"ledger": torch.ones(2, 3), "constant": torch.ones(())}),
+    "scale": (ops.ScaleFunction, {}),
+    "spline": (partial(ops.rational_quadratic, torch.ones(2, 3), torch.ones(2, 69)),
+               {"bins": 8, "bound": 3.0}),
+}  # fmt: skip
+BAD_OTHERS: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
+    "penalty": [
+        ({"input": ONES.long()}, TypeError, r"input: expected dtype .*got int64"),
+        ({"input": [1.0]}, TypeError, r"input: expected a torch.Tensor, got list"),
+        ({"input": torch.ones(3)}, ValueError, r"input: expected shape \(N, C"),
+        ({"input": torch.ones(2, 0)}, ValueError, r"input: .*\(2, 0\)"),
+        ({"target": ONES[0]}, ValueError, r"target: .*\(2, 3, 4, 4\), got \(3,"),
+        ({"target": ONES.double()}, TypeError, r"target: .*float32, got float64"),
+        ({"target": ONES.to("meta")}, ValueError, r"target: .*cpu, got meta"),
+        ({"mask": ONES.long()}, TypeError, r"mask: .*bool.*got int64"),
+        ({"mask": True}, TypeError, r"mask: expected a torch.Tensor, got bool"),
+        ({"mask": torch.ones(2)}, ValueError, r"mask: .*broadcasts.*got \(2,\)"),
+        ({"mask": ONES.to("meta")}, ValueError, r"mask: .*cpu, got meta"),
+        ({"mask": LEARNED}, ValueError, r"mask: .*constant"),
+        ({"weight": LEARNED}, ValueError, r"weight: .*const"),
+        ({"weight": torch.ones(2, 4)}, ValueError, r"weight: .*broadcasts"),
+        ({"weight": ONES.long()}, TypeError, r"weight: .*got int64"),
+        ({"weight": "1"}, TypeError, r"weight: expected a number or"),
+        ({"weight": True}, TypeError, r"weight: expected a number or"),
+        ({"weight": -1}, ValueError, r"weight: .*got -1"),
+        ({"weight": math.inf}, ValueError, r"weight: .*got inf"),
+        ({"weight": -ONES}, ValueError, r"weight: .*from -1.0 to -1.0"),
+        ({"weight": ONES * math.inf}, ValueError, r"weight: .*to inf"),
+        ({"rho": "l3"}, ValueError, "rho: expected one of l2, l1, huber, got 'l3'"),
+        ({"delta": "1"}, TypeError, r"delta: expected a number, got str"),
+        ({"delta": 0}, ValueError, r"delta: .*got 0"),
+    ],
+    "logdet": [
+        ({"ledger": torch.ones(2, 3, 4)}, ValueError, r"ledger: expected shape \(N, T\), got"),
+        ({"constant": torch.ones(2)}, ValueError, r"constant: expected shape \(\), got \(2,\)"),
+        ({"constant": torch.ones(()).double()}, TypeError, "constant: .*float64"),
+        ({"ledger": torch.ones(2, 3).half()}, TypeError, "ledger: .*got float16"),
+        ({"constant": torch.ones((), device="meta")}, ValueError, "constant: .*cpu, got meta"),
+        ({"constant": 1.0}, TypeError, "constant: expected a torch.Tensor, got float"),
+    ],
+    "scale": [
+        ({"kind": "relu"}, ValueError, f"kind: expected one of {KINDS}, got 'relu'"),
+        ({"order": "both"}, ValueError, "order: expected one of shift-scale, scale-shift, got"),
+        ({"eps": -1e-3}, ValueError, "eps: expected a finite number >= 0, got -0.001"),
+        ({"eps": math.nan}, ValueError, "eps: .* got nan"),
+        ({"clamp": 0.0}, ValueError, "clamp: expected a finite number > 0, got 0.0"),
+        ({"clamp": math.inf}, ValueError, "clamp: .* got inf"),
+        ({"offset": math.inf}, ValueError, "offset: expected a finite number, got inf"),
+        ({"offset": math.nan}, ValueError, "offset: .* got nan"),
+    ],
+    "spline": [
+        ({"bins": 1}, ValueError, "bins: expected 2 to 64, got 1"),
+        ({"bins": 8.0}, TypeError, "bins: expected a whole number, got float"),
+        ({"bound": 0.0}, ValueError, "bound: expected a positive number, got 0.0"),
+        ({"bound": (1.0, 1.0)}, ValueError, "bound: expected low < high, got"),
+        ({"bound": (1.0, 2.0, 3.0)}, ValueError, r"bound: expected a number or \(low, high\), got"),
+        ({"bound": "3"}, TypeError, "bound: expected a number, got str"),
+        ({"tails": "circular"}, ValueError, "tails: expected 'linear' or None, got 'circular'"),
+        ({"kind": "relu"}, ValueError, "kind: expected one of softplus, exp, got 'relu'"),
+        ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
+        ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),
+        ({"min_slope": 0.0}, ValueError, "min_slope: expected between 0 and 1, got 0.0"),
+        ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
+        ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error", "message"),
+    [(name, *bad) for name, table in BAD_OTHERS.items() for bad in table],
+    ids=lambda value: str(value)[:60],
+)
+def test_bad_input_of_others(
+    name: str, wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    function, right = OTHERS[name]
+    with pytest.raises(error, match=rf"^(scale\.)?{message}"):
+        function(**right | wrong)

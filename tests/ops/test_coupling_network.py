@@ -156,7 +156,7 @@ def test_hoppers_tiles(kernel_device: torch.device, case: Case) -> None:
     s = Shape.of(given[0], case[1], case[2])
     found = tiles.hopper_tiles(s, HOPPER)
     assert found is not None
-    assert found.forward.gluon == (GLUON and case[1] in tiles.GLUON_WIDTHS)
+    assert found.forward.gluon == (GLUON and (case[1] > 128 or case[2] == 48))
     assert_matches(given)
 
 
@@ -166,6 +166,7 @@ def test_kernels_in_gluon_are_for_hopper_whole_rows_and_known_versions(
     s = Shape(2**15, 16, 16, 12, 24, 512, 9, 2)
     monkeypatch.setattr(tiles, "GLUON", True)
     assert tiles.forward_tile(s, HOPPER).gluon
+    assert tiles.dh2_tile(s, HOPPER).gluon
     assert tiles.dh1_tile(s, HOPPER).gluon
     other = [
         (s, 80), (s, 100), (s._replace(image_width=24), HOPPER), (s._replace(taps=1), HOPPER),
@@ -174,13 +175,24 @@ def test_kernels_in_gluon_are_for_hopper_whole_rows_and_known_versions(
     ]  # fmt: skip
     for shape, arch in other:
         assert not tiles.forward_tile(shape, arch).gluon, (shape, arch)
+        assert not tiles.dh2_tile(shape, arch).gluon, (shape, arch)
         assert not tiles.dh1_tile(shape, arch).gluon, (shape, arch)
     monkeypatch.setattr(tiles, "GLUON", False)
     assert not tiles.forward_tile(s, HOPPER).gluon
+    assert not tiles.dh2_tile(s, HOPPER).gluon
     assert not tiles.dh1_tile(s, HOPPER).gluon
 
 
-@pytest.mark.parametrize("case", [((1, 6, 10, 40), 128, 12), ((3, 6, 9, 8), 160, 6)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 6, 10, 40), 128, 12),
+        ((3, 6, 9, 8), 160, 6),
+        ((5, 24, 8, 8), 256, 48),
+        ((7, 24, 8, 8), 128, 48),
+    ],
+    ids=str,
+)
 def test_programs_of_the_two_backward_launches(
     kernel_device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +216,7 @@ def test_programs_fill_the_card_and_sums_stay_small() -> None:
     assert programs(132, 2**20, 512, 10**5) == 33  # one
     assert programs(108, 2**20, 512, 10**5) == 27
     assert programs(132, 2**13, 512, 10**5) == 8  # 1,024 pixels each
-    assert programs(132, 2**13, 512, 2**19) == 2  # half the 8 MiB of a hidden tensor
+    assert programs(132, 2**13, 512, 2**19) == 4  # the 8 MiB of a hidden tensor
     assert programs(132, 1, 512, 10**5) == 1
     assert programs(132, 130, 512, 0) == 3  # one for each tile
 
@@ -249,11 +261,11 @@ def test_the_kernels_skip_gradients_of_frozen_weights(
     launch = launches.launch
 
     def noted(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-        kernels.append(kernel.__name__)
+        kernels.append(kernel.__name__.replace("_hopper", ""))
         launch(kernel, grid, *args, **options)
 
     monkeypatch.setattr(launches, "launch", noted)
-    for case in (((2, 3, 5, 7), 20, 8), ((2, 6, 5, 3), 160, 6)):
+    for case in (((2, 3, 5, 7), 20, 8), ((2, 6, 5, 3), 160, 6), ((2, 12, 2, 8), 256, 24)):
         given = sample(*case, torch.bfloat16, kernel_device)
         expected = gradients(coupling_network, given, torch.ones(2, case[2], *case[0][2:]))[1]
         for t in given[1:]:

@@ -232,10 +232,14 @@ def test_written_arguments_are_those_that_a_kernel_stores_to():
     }
     if GLUON:
         from mflow_kernels.ops.coupling_network_hopper import _hopper_network_kernel
-        from mflow_kernels.ops.coupling_network_hopper_backward import _hopper_dh1_kernel
+        from mflow_kernels.ops.coupling_network_hopper_backward import (
+            _hopper_dh1_kernel,
+            _hopper_dh2_kernel,
+        )
 
         expected[_hopper_network_kernel] = "row_sums h1 h2"
-        expected[_hopper_dh1_kernel] = "dx_taps dw1 db1"
+        expected[_hopper_dh1_kernel] = "dx_taps dw2 dw1 db1"
+        expected[_hopper_dh2_kernel] = "dh2 dw3 db3 db2"
     for kernel, names in expected.items():
         function = getattr(kernel, "fn", kernel)
         parameters = inspect.signature(function).parameters

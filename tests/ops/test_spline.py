@@ -113,27 +113,3 @@ def test_identity(inverse, device):
         y, logdet = FUNCTIONS[inverse](x, params, 5, 2.0, kind=kind)
         assert_close(y, x.double(), terms=5, scale=2.0)
         assert_close(logdet, torch.zeros(6).double().to(device), terms=15, scale=1.0)
-
-
-BAD = [
-    ({"bins": 1}, ValueError, "bins: expected 2 to 64, got 1"),
-    ({"bins": 8.0}, TypeError, "bins: expected a whole number, got float"),
-    ({"bound": 0.0}, ValueError, "bound: expected a positive number, got 0.0"),
-    ({"bound": (1.0, 1.0)}, ValueError, "bound: expected low < high, got"),
-    ({"bound": (1.0, 2.0, 3.0)}, ValueError, r"bound: expected a number or \(low, high\), got"),
-    ({"bound": "3"}, TypeError, "bound: expected a number, got str"),
-    ({"tails": "circular"}, ValueError, "tails: expected 'linear' or None, got 'circular'"),
-    ({"kind": "relu"}, ValueError, "kind: expected one of softplus, exp, got 'relu'"),
-    ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
-    ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),
-    ({"min_slope": 0.0}, ValueError, "min_slope: expected between 0 and 1, got 0.0"),
-    ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
-    ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_options(change, error, message):
-    options = {"bins": 8, "bound": 3.0} | change
-    with pytest.raises(error, match=message):
-        ops.rational_quadratic(torch.ones(2, 3), torch.ones(2, 69), **options)

@@ -1,4 +1,4 @@
-"""Values, gradients, dtypes and layouts of every operator that maps a state, against its reference.
+"""Values, gradients, dtypes and layouts of the operators on states, against their references.
 
 `test_conv1x1.py` tests the inverse of a 1x1 convolution: its error depends on the inverted matrix.
 """
@@ -6,6 +6,7 @@
 import pytest
 import torch
 from cases import (
+    DIFFERENTIABLE,
     DTYPES,
     FLOW_OPERATORS,
     IMAGES,
@@ -15,30 +16,31 @@ from cases import (
     SCALES,
     SHAPES,
     assert_matches,
+    eager_form,
     normal,
     options,
     sample,
     skip_if_slow,
 )
 
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_eager
+from benchmarks.harness.table import Operator
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import pixels
-from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
 TESTED = [op for name, op in FLOW_OPERATORS.items() if name != "conv1x1_inverse"]
-every = pytest.mark.parametrize("op", TESTED, ids=lambda op: op.id)
-every_coupling = pytest.mark.parametrize(
-    "op", [op for op in TESTED if "scale" in op.options], ids=lambda op: op.id
-)
-every_product = pytest.mark.parametrize(
-    "op", [op for op in TESTED if "weight" in op.inputs], ids=lambda op: op.id
-)
-every_other = pytest.mark.parametrize(
-    "op", [op for op in TESTED if not op.couples], ids=lambda op: op.id
-)
+
+
+def each(operators: list[Operator]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("op", operators, ids=lambda op: op.id)
+
+
+every_coupling = each([op for op in TESTED if "scale" in op.options])
+every_product = each([op for op in TESTED if "weight" in op.inputs])
+PENALTY = [] if KERNELS_ON_CPU else [DIFFERENTIABLE["masked_penalty"]]  # it has no Triton kernel
+every = each([*TESTED, *PENALTY])
+# A penalty may also have other axes, and parts of a sample that are summed apart.
+PENALTY_SHAPES = [(1000, 2), (2, 3, 129, 131), (1, 300_001), (2, 2, 3, 2, 3, 2)]
 
 
 @every
@@ -52,9 +54,15 @@ def test_shapes(op, shape, device):
         assert_matches(op, sample(op, shape, (torch.float64, torch.float64), device))
 
 
-@every_other
+@each([op for op in TESTED if not op.couples] + PENALTY)
 def test_one_channel(op, device):
     assert_matches(op, sample(op, (2, 1, 3), device=device))
+
+
+@each(PENALTY)
+@pytest.mark.parametrize("shape", PENALTY_SHAPES, ids=str)
+def test_shapes_of_penalties(op, shape, device):
+    assert_matches(op, sample(op, shape, device=device))
 
 
 @every
@@ -65,10 +73,13 @@ def test_layouts(op, shape, layout, device):
     assert_matches(op, sample(op, shape, device=device, layout=layout))
 
 
-@pytest.mark.parametrize(
-    "op", [op for op in TESTED if {"params", "numbers", "numbers_b"} & {*op.inputs}],
-    ids=lambda op: op.id,
-)  # fmt: skip
+@each(
+    [
+        op
+        for op in [*TESTED, *PENALTY]
+        if {"params", "numbers", "numbers_b", "target"} & {*op.inputs}
+    ]
+)
 def test_layouts_of_state_and_params_may_differ(op, device):
     inputs = sample(op, (2, 5, 4, 3), device=device)
     name = op.inputs[1]
@@ -101,11 +112,7 @@ def test_network_input(op, shape, net_dtype, device):
     """A product also returns the input of the next network, and takes its gradient."""
     for layout in ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",):
         inputs = sample(op, shape, device=device, layout=layout)
-        states = [inputs[name] for name in op.inputs if name not in ("weight", "bias")]
-        weight, bias = spread(inputs["weight"], inputs["bias"], inputs["x"])
-        run = coupling_conv1x1_eager if "scale" in op.options else conv1x1_eager
-        scale = (*ScaleFunction("tanh").args, op.inverse) if "scale" in op.options else ()
-        y, net, *_ = run(*states, weight, bias, "tf32x3", net_dtype, *scale)
+        y, *_, net = eager_form(op, net_dtype)(*inputs.values(), **options(op))
         assert torch.equal(y, op.call(*inputs.values(), **options(op))[0])
         assert torch.equal(net, y[:, : net.shape[1]].to(net_dtype))
         dy, dnet = torch.randn_like(y), torch.randn_like(net)

@@ -2,10 +2,10 @@
 
 import random
 from collections.abc import Callable
+from itertools import count, cycle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import HostReads
 from layers.chains import chain_of
 from torch import Tensor, nn
@@ -16,75 +16,62 @@ from mflow_kernels.reversible.instructions import Call
 
 
 class Net(nn.Module):
-    """A network whose last layer is zero, as in a new flow: random numbers change its gradients but
-    not its params."""
+    """A network that changes its hidden units. Its last layer is zero, as in a new flow: random
+    numbers change its gradients but not its params."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda h: h) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.change, self.last = nn.Conv2d(2, 8, 1), change, nn.Conv2d(8, 4, 1)
         for p in self.last.parameters():
             nn.init.zeros_(p)
 
-    def hidden(self, h: Tensor) -> Tensor:
-        return h
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.hidden(self.first(x).relu()))
+        return self.last(self.change(self.first(x).relu()))
 
 
-class OwnGenerator(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(1)
-
-    def hidden(self, h: Tensor) -> Tensor:
-        return h * torch.bernoulli(torch.full_like(h, 0.5), generator=self.generator)
+def dropout() -> Net:
+    return Net(nn.Dropout(0.5))
 
 
-class DrawsInPython(Net):
-    def hidden(self, h: Tensor) -> Tensor:
-        return h * random.random()
+def with_own_generator() -> Net:
+    own = torch.Generator().manual_seed(1)
+    return Net(lambda h: h * torch.bernoulli(torch.full_like(h, 0.5), generator=own))
 
 
-class Counts(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def hidden(self, h: Tensor) -> Tensor:
-        self.calls += 1
-        return h / self.calls
+def that_counts() -> Net:
+    calls = count(1)
+    return Net(lambda h: h / next(calls))
 
 
-class CountsInABuffer(Net):
+def with_another_path() -> Net:
+    paths = cycle([lambda h: h, lambda h: h.sigmoid().sigmoid()])
+    return Net(lambda h: next(paths)(h))
+
+
+def with_spectral_norm() -> Net:
+    net = Net()
+    nn.utils.parametrizations.spectral_norm(net.first)
+    return net
+
+
+class CountsInABuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
 
-    def hidden(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         self.calls += 1e-4
         return h + self.calls
 
 
-class Normed(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.utils.parametrizations.spectral_norm(self.first)
-
-
-class AnotherPath(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.path = 0
-
-    def hidden(self, h: Tensor) -> Tensor:
-        self.path += 1
-        return h if self.path % 2 else h.sigmoid().sigmoid()
-
-
-class Dropout(Net):
-    def hidden(self, h: Tensor) -> Tensor:
-        return F.dropout(h, 0.5, self.training)
+STATEFUL = {
+    "its own generator": with_own_generator,
+    "draws in Python": lambda: Net(lambda h: h * random.random()),
+    "counts": that_counts,
+    "counts in a buffer": lambda: Net(CountsInABuffer()),
+    "spectral norm": with_spectral_norm,
+    "another path": with_another_path,
+}
 
 
 def train(chain: ReversibleChain, x: Tensor) -> None:
@@ -92,14 +79,12 @@ def train(chain: ReversibleChain, x: Tensor) -> None:
     (z.pow(4).sum() - logdet.sum()).backward()
 
 
-@pytest.mark.parametrize(
-    "net", [OwnGenerator, DrawsInPython, Counts, CountsInABuffer, Normed, AnotherPath]
-)
+@pytest.mark.parametrize("net", STATEFUL.values(), ids=STATEFUL)
 def test_a_network_with_its_own_state_raises(net: Callable[[], nn.Module]) -> None:
     random.seed(0)
     x = torch.randn(2, 4, 3, 3)
     chain = chain_of(net)
-    words = rf"network 2 \({net.__name__}\) .*has state.*reversible=False"
+    words = r"network 2 \(Net\) .*has state.*reversible=False"
     with pytest.raises(RuntimeError, match=words):
         train(chain, x)
     chain.reversible = False
@@ -108,7 +93,7 @@ def test_a_network_with_its_own_state_raises(net: Callable[[], nn.Module]) -> No
 
 
 def test_the_first_backward_pass_reads_one_number_and_later_ones_none() -> None:
-    chain, x = chain_of(Dropout), torch.randn(2, 4, 3, 3)
+    chain, x = chain_of(dropout), torch.randn(2, 4, 3, 3)
     found = []
     for training in (True, True, False, False, True):
         chain.train(training)  # another mode is checked separately
@@ -158,12 +143,12 @@ def test_networks_that_draw_random_numbers_cannot_be_captured(
 ) -> None:
     """A CUDA graph cannot restore a generator's state. The capture is simulated on a CPU."""
     x = torch.randn(2, 4, 3, 3)
-    drawing, still = chain_of(Dropout), chain_of(Net)
+    drawing, still = chain_of(dropout), chain_of(Net)
     train(drawing, x)
     train(still, x)
     monkeypatch.setattr(rerun, "capturing", lambda device: True)
     train(still, x)
-    with pytest.raises(RuntimeError, match=r"\(Dropout\) draws random numbers.*reversible=False"):
+    with pytest.raises(RuntimeError, match=r"\(Net\) draws random numbers.*reversible=False"):
         train(drawing, x)
     with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(chain_of(Net), x)
@@ -174,19 +159,12 @@ def test_networks_that_draw_random_numbers_cannot_be_captured(
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_infinite_running_statistics_stay_infinite(momentum: float | None) -> None:
     """Updating them with momentum 0 would give NaN: 0 * inf."""
-
-    class Overflows(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(8, momentum=momentum)
-
-        def hidden(self, h: Tensor) -> Tensor:
-            return self.norm(1e30 * h)
-
-    chain = chain_of(Overflows)
+    chain = chain_of(lambda: Net(nn.BatchNorm2d(8, momentum=momentum)))
+    nets = [layer.coupling.net for layer in chain.layers]
+    for net in nets:
+        net.first.weight.data.mul_(1e30)
     train(chain, torch.randn(2, 4, 3, 3))
-    for layer in chain.layers:
-        norm = layer.coupling.net.norm
+    for norm in (net.change for net in nets):
         assert norm.running_var.isinf().any()
         assert not norm.running_var.isnan().any()
         assert norm.num_batches_tracked == 1

@@ -5,6 +5,7 @@ FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import FrEIA.framework as Ff
@@ -14,16 +15,10 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import samples_note
-from mflow_kernels.interop.adapter import Adapter, Fuser
+from mflow_kernels.interop.adapter import Adapter, Piece, instance_of
 from mflow_kernels.interop.freia.layers import LAYERS, channels_of, is_developed
-from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import FusedSequence
-from mflow_kernels.interop.subclasses import (
-    FusedLayers,
-    accelerate_module,
-    implementation_of,
-    same_modules,
-)
+from mflow_kernels.interop.subclasses import implementation_of, same_modules
 from mflow_kernels.ops.layouts import pixels
 
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
@@ -47,14 +42,15 @@ FINGERPRINTS: dict[str, set[str]] = {
 }
 
 
-class FusedModule(FusedLayers):
+class FusedModule(nn.Module):
     """Modules of a network as one module, which takes the conditions of the whole network."""
 
     def __init__(
         self, layers: Sequence[nn.Module], sequence: FusedSequence, conditions: Sequence[Any]
     ) -> None:
-        super().__init__(layers, sequence)
-        self.conditions = list(conditions)
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.sequence, self.conditions = sequence, list(conditions)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
@@ -202,8 +198,16 @@ class _FusedNetwork(NamedTuple):
     items: list[Item]
 
 
+def _fused(items: Sequence[Item], sequence: FusedSequence) -> Item:
+    conditions = [chosen or () for _, chosen, _ in items]
+    last = max((i for indices in conditions for i in indices), default=-1)
+    needed = tuple(range(last + 1)) or None  # the indices in `conditions` count from the first
+    module = FusedModule([m for m, _, _ in items], sequence, conditions)
+    return module, needed, [n for _, _, nodes in items for n in nodes]
+
+
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "module": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(z.shape[0])))},
+    "layer": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(z.shape[0])))},
     "scalar": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det))},
     "nice": {"forward": _layer_forward(lambda z, log_det: ((z,), 0.0))},
     "rotation": {"forward": _layer_forward(lambda z, log_det: ([z], 0.0))},
@@ -216,7 +220,7 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "SequenceINN": {"forward": _sequence_forward},
     "GraphINN": {"forward": _graph_forward},
 }
-_KINDS = {
+KINDS = {
     Fm.ActNorm: "actnorm",
     Fm.Fixed1x1Conv: "scalar",
     Fm.NICECouplingBlock: "nice",
@@ -263,7 +267,7 @@ def _has_own_conditions(module: Any) -> bool:
     return given <= {*module.condition_nodes} and not getattr(module, "ff_nodes", ())
 
 
-# For these, FrEIA's own code runs on a copy of the input.
+# FrEIA's own code runs on a copy of the input.
 _REPAIRED = {"haar": "itself, which in reverse leaves its input alone"}
 
 
@@ -272,9 +276,32 @@ class FreiaAdapter(Adapter):
     layers = LAYERS
     containers = CONTAINERS
     methods = METHODS
+    kinds = KINDS
     fingerprints = FINGERPRINTS
     channels_of = staticmethod(channels_of)
     repaired = _REPAIRED
+    notes = (
+        (samples_note("FrEIA"), instance_of(Fm.ActNorm)),
+        (
+            "ActNorm keeps the scale of a channel that is constant in its first batch; FrEIA's "
+            "turns to NaN.",
+            instance_of(Fm.ActNorm),
+        ),
+        (
+            "AllInOneBlock computes images of any size; FrEIA's raises an error for other sizes "
+            "than it was built for.",
+            lambda m: is_developed(m) and hasattr(m, "subnet"),
+        ),
+        (
+            "HaarDownsampling leaves its input alone on the way back; FrEIA's changes it.",
+            instance_of(Fm.HaarDownsampling),
+        ),
+        (
+            "GraphINN releases a node's output after its last use, unless intermediate_outputs is "
+            "True; FrEIA's keeps all outputs to the end.",
+            instance_of(Ff.GraphINN),
+        ),
+    )
 
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
@@ -288,9 +315,6 @@ class FreiaAdapter(Adapter):
                 "change one"
             )
         return super().why_left(layer)
-
-    def kind_of(self, cls: type) -> str:
-        return _KINDS.get(cls, "module")
 
     def probe(self, layer: Any) -> Callable[[Any], list[Tensor]] | None:
         generator = torch.Generator().manual_seed(0)
@@ -306,68 +330,23 @@ class FreiaAdapter(Adapter):
 
         return values
 
-    def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
-        if type(container).forward is not kind.forward:
-            why = (
-                f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
-            )
-            fuser.left.append(Left(name, type(container).__name__, why))
-            return
+    def fuse(self, container: Any, kind: Any, cut: Callable[..., list[Piece]]) -> Any:
         if kind is Ff.GraphINN and not _has_own_conditions(container):
-            why = "nodes of it are conditions of others: modules run one by one"
-            fuser.left.append(Left(name, type(container).__name__, why))
-            return
+            return "nodes of it are conditions of others: modules run one by one"
         chains = _sequence_chains(container) if kind is Ff.SequenceINN else _graph_chains(container)
-        modules: Any = container.module_list
-        place = {id(m): i for i, m in enumerate(modules)}
-        prefix = f"{name}.module_list" if name else "module_list"
+        place = {id(m): i for i, m in enumerate(container.module_list)}
         items: list[Item] = []
-        before = len(fuser.replaced)
         for chain in chains:
-            layers = [m for m, _, _ in chain]
-            names = [f"{prefix}.{place[id(m)]}" for m in layers]
-            start = 0
-            conditions = [chosen or () for _, chosen, _ in chain]
-            for members, sequence in fuser.fuse_sequences(layers, names, conditions):
-                end = start + len(members)
-                part, own = chain[start:end], conditions[start:end]
-                start = end
-                if sequence is None:
-                    items += part
-                    continue
-                last = max((i for indices in own for i in indices), default=-1)
-                needed = tuple(range(last + 1)) or None  # indices in `own` count from the first
-                fused = FusedModule(members, sequence, own)
-                items.append((fused, needed, [n for _, _, nodes in part for n in nodes]))
+            modules = [m for m, _, _ in chain]
+            names = [f"module_list.{place[id(m)]}" for m in modules]
+            rest = iter(chain)
+            for members, sequence in cut(modules, names, [chosen or () for _, chosen, _ in chain]):
+                part = list(islice(rest, len(members)))
+                items += part if sequence is None else [_fused(part, sequence)]
         # Releasing outputs after their last use is worth it without sequences too.
-        releases = kind is Ff.GraphINN and any(map(fuser.accelerates, modules))
-        if len(fuser.replaced) > before or releases:
-            implementation = _FusedNetwork(list(modules), items)
-            accelerate_module(container, self.folder, kind.__name__, implementation)
-
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
-        notes: list[str] = []
-        if any(isinstance(m, Fm.ActNorm) for m in modules):
-            notes += [
-                samples_note("FrEIA"),
-                "ActNorm keeps the scale of a channel that is constant in its first batch; "
-                "FrEIA's turns to NaN.",
-            ]
-        if any(is_developed(m) and hasattr(m, "subnet") for m in modules):
-            notes.append(
-                "AllInOneBlock computes images of any size; FrEIA's raises an error for other "
-                "sizes than it was built for."
-            )
-        if any(isinstance(m, Fm.HaarDownsampling) for m in modules):
-            notes.append(
-                "HaarDownsampling leaves its input alone on the way back; FrEIA's changes it."
-            )
-        if any(isinstance(m, Ff.GraphINN) for m in modules):
-            notes.append(
-                "GraphINN releases a node's output after its last use, unless intermediate_outputs "
-                "is True; FrEIA's keeps all outputs to the end."
-            )
-        return notes
+        if kind is Ff.GraphINN or any(isinstance(m, FusedModule) for m, _, _ in items):
+            return _FusedNetwork(list(container.module_list), items)
+        return None
 
 
 ADAPTER = FreiaAdapter()

@@ -24,9 +24,10 @@ from mflow_kernels.interop.linear import (
     Reorder,
     inverse_of,
     one_linear,
+    permutation,
     stack,
 )
-from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.params import Joined, Params, Passing
 from mflow_kernels.interop.parts import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
@@ -47,10 +48,6 @@ def _actnorms(modules: Sequence[Any]) -> Affine:
     log_scale = torch.stack([m.scale for m in modules]).flatten(1)
     bias = torch.stack([m.bias for m in modules]).flatten(1)
     return Affine(log_scale.exp(), bias, log_scale.sum(1))
-
-
-def _permutations(modules: Sequence[Any]) -> Affine:
-    return Affine(torch.stack([m.perm for m in modules]))
 
 
 def _fixed_convs(modules: Sequence[Any]) -> Affine:
@@ -106,14 +103,6 @@ def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
     return _orthogonal(_block_permutations(blocks).weight.mT)
 
 
-def _block_orders(blocks: Sequence[Any]) -> Affine:
-    return Affine(stack([b.w_perm for b in blocks]))
-
-
-def _block_orders_back(blocks: Sequence[Any]) -> Affine:
-    return Affine(stack([b.w_perm_inv for b in blocks]))
-
-
 def is_pending(layer: Any) -> bool:
     """Whether an actnorm waits for its first batch."""
     if is_developed(layer):
@@ -162,8 +151,13 @@ def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
     return "its clamp activation is a custom function"
 
 
-def _passing(layer: Any) -> dict[str, Any]:
-    return {"passing": "channels"} if layer.conditional else {"conditions": ()}
+def _params(layer: Any, net: nn.Module, scales: int, factors: tuple[float, float]) -> Params:
+    """The params of a network whose first channels are the raw scales."""
+    return Params(net, slice(0, scales), slice(scales, None), factors, passing=_passing(layer))
+
+
+def _passing(layer: Any) -> Passing:
+    return "channels" if layer.conditional else "none"
 
 
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
@@ -180,30 +174,24 @@ def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> t
 
 
 def _glow_coupling(layer: Any) -> tuple[Part, ...] | str:
-    scale = _scale_of(layer)
-    if isinstance(scale, str):
-        return scale
-    nets = [
-        Params(net, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
-        for net, n in ((layer.subnet2, layer.split_len1), (layer.subnet1, layer.split_len2))
-    ]
-    return _two_sided(layer, nets, scale[0])
+    return _affine(layer, (layer.subnet2, layer.subnet1))
 
 
 def _rnvp_coupling(layer: Any) -> tuple[Part, ...] | str:
+    pairs = (layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1)
+    return _affine(layer, [Joined(s, t) for s, t in pairs])
+
+
+def _affine(layer: Any, nets: Sequence[nn.Module]) -> tuple[Part, ...] | str:
     scale = _scale_of(layer)
     if isinstance(scale, str):
         return scale
-    conditions = None if layer.conditional else ()
-    nets = [
-        Pair(s, t, (scale[1], 1.0), conditions)
-        for s, t in ((layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1))
-    ]
-    return _two_sided(layer, nets, scale[0])
+    ends = zip(nets, (layer.split_len1, layer.split_len2), strict=True)
+    return _two_sided(layer, [_params(layer, net, n, (scale[1], 1.0)) for net, n in ends], scale[0])
 
 
 def _nice_coupling(layer: Any) -> tuple[Part, ...]:
-    nets = [Params(net, None, slice(None), **_passing(layer)) for net in (layer.F, layer.G)]
+    nets = [Params(net, None, slice(None), passing=_passing(layer)) for net in (layer.F, layer.G)]
     return _two_sided(layer, nets, ScaleFunction("exp", order="scale-shift"))
 
 
@@ -211,8 +199,7 @@ def _one_sided(layer: Any) -> tuple[Part, ...] | str:
     scale = _scale_of(layer)
     if isinstance(scale, str):
         return scale
-    n = layer.split_len2
-    net = Params(layer.subnet, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+    net = _params(layer, layer.subnet, layer.split_len2, (scale[1], 1.0))
     return (Coupling(net, scale[0], False, Exactly(layer.split_len1)),)
 
 
@@ -224,7 +211,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     unchanged, n = layer.splits
     # Release 0.2 multiplies tanh(a) by the clamp, the development branch tanh(a / clamp).
     factors = (0.1 if is_developed(layer) else 0.1 * layer.clamp), 0.1
-    net = Params(layer.subnet, slice(0, n), slice(n, None), factors, **_passing(layer))
+    net = _params(layer, layer.subnet, n, factors)
     scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
     there, back = _mixing(layer)
     return (
@@ -238,18 +225,15 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
 def _mixing(block: Any) -> tuple[Part, Part]:
     """The permutation or rotation of a block, and its inverse."""
     if not block.householder and not block.w_perm.is_floating_point():
-        there, back = (
-            Linear(block, read, "permutation") for read in (_block_orders, _block_orders_back)
-        )
-        return there, back
+        return permutation(block, "w_perm"), permutation(block, "w_perm_inv")
     if not block.householder:
-        order = OfMatrix(block, "w_perm")
-        if order.holds():
-            return Reorder(order), Reorder(OfMatrix(block, "w_perm", back=True))
+        there, back = (OfMatrix(block, "w_perm", back) for back in (False, True))
+        if there.holds():
+            return Reorder(there, there.holds), Reorder(back, back.holds)
     fixed = not (block.householder or block.w_perm.requires_grad)
     reads = _block_permutations, _block_permutations_back
-    there, back = (Linear(block, read, "rotation", fixed=fixed) for read in reads)
-    return there, back
+    rotation, inverse = (Linear(block, read, "rotation", fixed=fixed) for read in reads)
+    return rotation, inverse
 
 
 def _householder(layer: Any) -> tuple[Part, ...] | str:
@@ -283,7 +267,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     Fm.RNVPCouplingBlock: _rnvp_coupling,
     Fm.NICECouplingBlock: _nice_coupling,
     Fm.AffineCouplingOneSided: _one_sided,
-    Fm.PermuteRandom: one_linear(_permutations, "permutation"),
+    Fm.PermuteRandom: lambda layer: (permutation(layer, "perm"),),
     Fm.Fixed1x1Conv: one_linear(_fixed_convs),
     Fm.FixedLinearTransform: one_linear(_fixed_linears),
     Fm.HouseholderPerm: _householder,

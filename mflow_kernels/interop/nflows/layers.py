@@ -22,6 +22,7 @@ from mflow_kernels.interop.linear import (
     inverse_of,
     lu_linears,
     one_linear,
+    permutation,
 )
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
@@ -41,10 +42,6 @@ def _naive_linears(modules: Sequence[Any]) -> Affine:
     weight = torch.stack([m.weight() for m in modules])
     bias = torch.stack([m.bias for m in modules])
     return Affine(weight, bias, torch.stack([m.logabsdet() for m in modules]))
-
-
-def _permutations(modules: Sequence[Any]) -> Affine:
-    return Affine(torch.stack([m._permutation for m in modules]))
 
 
 def _pointwise_affines(modules: Sequence[Any]) -> Affine:
@@ -78,13 +75,13 @@ _DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
 
 
 def _conv(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer.permutation, _permutations, "permutation"), Linear(layer, lu_linears))
+    return (permutation(layer.permutation, "_permutation"), Linear(layer, lu_linears))
 
 
 def _permute(layer: Any) -> tuple[Part, ...] | str:
     if layer._dim != 1:
         return f"it permutes axis {layer._dim}, not the channels"
-    return (Linear(layer, _permutations, "permutation"),)
+    return (permutation(layer, "_permutation"),)
 
 
 # Scale functions of `AffineCouplingTransform`. Release 0.14 has the first one only.

@@ -3,27 +3,19 @@
 normflows' flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import normflows as nf
-import torch
 from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import samples_note
-from mflow_kernels.interop.adapter import Adapter, Fuser
+from mflow_kernels.interop.adapter import instance_of
 from mflow_kernels.interop.normflows.layers import LAYERS, SPLINES, channels_of
-from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import FusedSequence, per_sample
-from mflow_kernels.interop.subclasses import (
-    FusedContainer,
-    FusedLayers,
-    accelerate_module,
-    implementation_of,
-    on_view,
-)
+from mflow_kernels.interop.subclasses import implementation_of, on_view
+from mflow_kernels.interop.two_way import TwoWayAdapter, per_sample, run_layer
 from mflow_kernels.ops.layouts import pixels
 
 # Releases 1.7.0 to 1.7.3 and the development branch at c6616b1, see `interop/fingerprints.py`.
@@ -44,50 +36,16 @@ FINGERPRINTS: dict[str, set[str]] = {
 }
 
 
-class FusedFlow(FusedLayers):
-    """Flows of a model as one flow."""
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(z, context, inverse=True)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(z, context, inverse=False)
-
-    def _run(self, z: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.sequence.supports(z, inverse):
-            passed = () if context is None else (context,)
-            z, log_det = self.sequence(z, passed, inverse=inverse)
-            return z, per_sample(z, log_det)
-        named = {} if context is None else {"context": context}
-        total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
-        layers: Any = self.layers
-        for layer in layers if inverse else reversed(layers):
-            z, log_det = (layer if inverse else layer.inverse)(z, **named)
-            total = total + log_det
-        return z, total
-
-
 def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Callable[..., Any]]:
-    """Return `forward` and `inverse` of a layer; `shape` expands log-determinants as it does.
+    """Return `forward` and `inverse` of a layer; `shape` expands log-determinants as it does."""
 
-    The layer's own code runs if our kernels do not support the number of channels.
-    """
-
-    def method(name: str, inverse: bool) -> Callable[..., Any]:
-        def call(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-            sequence: FusedSequence = implementation_of(self)
-            if not sequence.supports(z, inverse):
-                own = getattr(super(type(self), self), name)
-                returned: tuple[Tensor, Tensor] = own(z, *context, **named)
-                return returned
-            condition = context[0] if context else named.get("context")
-            passed = () if condition is None else (condition,)
-            x, log_det = sequence(z, passed, inverse=inverse)
-            return x, shape(x, log_det)
+    def method(name: str) -> Callable[..., Any]:
+        def call(self: Any, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+            return run_layer(self, name, z, context, name == "forward", shape)
 
         return call
 
-    return {"forward": method("forward", True), "inverse": method("inverse", False)}
+    return {name: method(name) for name in ("forward", "inverse")}
 
 
 def _actnorm(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -117,7 +75,7 @@ CONTAINERS = (
     nf.NormalizingFlowVAE,
 )
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "per sample": _layer_methods(per_sample),
+    "layer": _layer_methods(per_sample),
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": {
         "forward": lambda self, z: _actnorm(self, z, inverse=True),
@@ -128,7 +86,7 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
         for model in CONTAINERS
     },
 }
-_KINDS = {
+KINDS = {
     nf.flows.ActNorm: "actnorm",
     AffineConstFlow: "actnorm",
     nf.flows.Invertible1x1Conv: "scalar",
@@ -136,23 +94,33 @@ _KINDS = {
 }
 
 
-def _fused(flows: Any, name: str, fuser: Fuser) -> nn.ModuleList:
-    names = [f"{name}.{i}" for i in range(len(flows))]
-    pieces = fuser.fuse_sequences(list(reversed(flows)), names[::-1])
-    fused = nn.ModuleList()
-    for members, sequence in reversed(pieces):
-        fused.append(members[0] if sequence is None else FusedFlow(members[::-1], sequence))
-    return fused
+def _computes_sigmoid(module: Any) -> bool:
+    is_block = isinstance(module, nf.flows.AffineCouplingBlock)
+    return is_block and module.flows[1].scale_map in ("sigmoid", "sigmoid_inv")
 
 
-class NormflowsAdapter(Adapter):
+class NormflowsAdapter(TwoWayAdapter):
     folder = "normflows"
+    encodes, listed = "inverse", "flows"
     layers = LAYERS
     containers = CONTAINERS
     methods = METHODS
+    kinds = KINDS
     fingerprints = FINGERPRINTS
     functions = dict.fromkeys(SPLINES, "normflows.utils.splines")
     channels_of = staticmethod(channels_of)
+    notes = (
+        (samples_note("normflows"), instance_of(nf.flows.ActNorm)),
+        (
+            "ActNorm keeps the scale of a channel that is constant in its first batch; normflows "
+            "divides by its deviation + 1e-6.",
+            instance_of(nf.flows.ActNorm),
+        ),
+        (
+            "log sigmoid is finite for every finite input; normflows' is -inf from -104.",
+            _computes_sigmoid,
+        ),
+    )
 
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, nf.flows.Flow)
@@ -161,44 +129,6 @@ class NormflowsAdapter(Adapter):
         if type(layer) in (nf.flows.Split, nf.flows.Merge):
             return "it cuts or joins states, with nothing to compute"
         return super().why_left(layer)
-
-    def kind_of(self, cls: type) -> str:
-        return _KINDS.get(cls, "per sample")
-
-    def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
-        cls = type(container)
-        if any(getattr(cls, n) is not getattr(kind, n) for n in METHODS[kind.__name__]):
-            why = f"it has methods of its own in place of {kind.__name__}'s: flows run one by one"
-            fuser.left.append(Left(name, cls.__name__, why))
-            return
-        flows: Any = container.flows
-        before = len(fuser.replaced)
-        prefix = f"{name}.flows" if name else "flows"
-        if kind is nf.MultiscaleFlow:
-            levels = [_fused(level, f"{prefix}.{i}", fuser) for i, level in enumerate(flows)]
-            fused = nn.ModuleList(levels)
-        else:
-            fused = _fused(flows, prefix, fuser)
-        if len(fuser.replaced) > before:
-            implementation = FusedContainer(container, {"flows": fused})
-            accelerate_module(container, self.folder, kind.__name__, implementation)
-
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
-        notes: list[str] = []
-        if any(isinstance(m, nf.flows.ActNorm) for m in modules):
-            notes += [
-                samples_note("normflows"),
-                "ActNorm keeps the scale of a channel that is constant in its first batch; "
-                "normflows divides by its deviation + 1e-6.",
-            ]
-        maps = [
-            m.flows[1].scale_map for m in modules if isinstance(m, nf.flows.AffineCouplingBlock)
-        ]
-        if "sigmoid" in maps or "sigmoid_inv" in maps:
-            notes.append(
-                "log sigmoid is finite for every finite input; normflows' is -inf from -104."
-            )
-        return notes
 
 
 ADAPTER = NormflowsAdapter()

@@ -33,6 +33,7 @@ from mflow_kernels.interop.linear import (
     SameBuffers,
     inverse_of,
     lu_linears,
+    permutation,
 )
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
@@ -48,10 +49,6 @@ def _actnorms(modules: Sequence[Any]) -> Affine:
     s, t = (torch.stack([getattr(m, name) for m in modules]).flatten(1) for name in ("s", "t"))
     scale = (-s).exp()
     return Affine(scale, -t * scale, -s.sum(1))
-
-
-def _shuffles(modules: Sequence[Any]) -> Affine:
-    return Affine(torch.stack([m.inv_perm for m in modules]))
 
 
 def _plain(modules: Sequence[Any]) -> Affine:
@@ -73,10 +70,6 @@ def _plu(modules: Sequence[Any]) -> Affine:
 def _plu_of_rows(modules: Sequence[Any]) -> Affine:
     rows = _plu(modules)
     return rows._replace(weight=rows.weight.mT)
-
-
-def _permutations(modules: Sequence[Any]) -> Affine:
-    return Affine(torch.stack([m._permutation for m in modules]))
 
 
 def _is_pending(layer: Any) -> bool:
@@ -117,7 +110,7 @@ def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
 
 def _permute(layer: Any) -> tuple[Part, ...] | str:
     if layer.mode == "shuffle":
-        return (Linear(layer, _shuffles, "permutation"),)
+        return (permutation(layer, "inv_perm"),)
     if layer.mode == "swap":
         return (Reorder(Rotated(larger=True)),)
     return f"its mode {layer.mode!r} is unknown"
@@ -132,10 +125,8 @@ def _invertible_affine(layer: Any) -> tuple[Part, ...]:
 
 
 def _lu_permute(layer: Any) -> tuple[Part, ...]:
-    return (
-        Linear(layer.permutation, _permutations, "permutation"),
-        Linear(layer.linear, lu_linears),
-    )
+    order = permutation(layer.permutation, "_permutation")
+    return (order, Linear(layer.linear, lu_linears))
 
 
 # Data -> latent: the scale function, whether the map is the inverse of `ops.affine_coupling`, and

@@ -167,15 +167,13 @@ class ZukoAdapter(Adapter):
     layers = _LAYERS
     containers = ()
     methods = METHODS
+    kinds = _WHAT
     fingerprints = FINGERPRINTS
     functions = dict.fromkeys(_WHAT, "zuko.transforms")
 
     def is_layer(self, module: nn.Module) -> bool:
         containers = (LazyComposedTransform, LazyInverse)
         return isinstance(module, LazyTransform) and not isinstance(module, containers)
-
-    def kind_of(self, cls: type) -> str:
-        return _WHAT.get(cls, "")
 
 
 ADAPTER = ZukoAdapter()

@@ -1,4 +1,4 @@
-"""The known densities of the manifold benchmark, and a small part of the benchmark itself."""
+"""The comparison of manifold flows: its methods, figures, sweep, tables and pictures."""
 
 import dataclasses
 import math
@@ -11,75 +11,24 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import nn
 
-from benchmarks.manifold import pictures, points, tables, training, uses
+from benchmarks.manifold import figures, pictures, tables, training, uses
 from benchmarks.manifold.__main__ import main
-from benchmarks.manifold.comparison import about_runs, finals
+from benchmarks.manifold.comparison import BATCH, Comparison, Settings, about_runs, finals
 from benchmarks.manifold.gaussians import gaussians
-from benchmarks.manifold.judge import Judge
-from benchmarks.manifold.methods import RECIPES, names
-from benchmarks.manifold.mixture_flow import MixtureFlow
+from benchmarks.manifold.judge import Judge, judge
+from benchmarks.manifold.methods import NORMAL, RECIPES
+from benchmarks.manifold.networks import SHAPE
 from benchmarks.manifold.output import Store, fill_in, markdown
 from benchmarks.manifold.peers import VariationalAutoencoder
-from benchmarks.manifold.points import NOISE, PointComparison, divergence
-from benchmarks.manifold.sets import SETS, Part
+from benchmarks.manifold.principal_components import PrincipalComponents
+from benchmarks.manifold.sets import SETS, Images, Part
 from benchmarks.manifold.tarflow import TarFlow, VectorTarFlow
-from benchmarks.manifold.targets import TARGETS
-from mflow_kernels import ManifoldObjective, WeightSchedule
+from mflow_kernels import ManifoldFlow, ManifoldObjective, WeightSchedule
 from mflow_kernels.testing import assert_close, check_bijection
-
-targets = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(shape, dtype=torch.float64)
-
-
-@targets
-def test_samples_lie_on_the_manifold_and_nearest_points_are_nearest(target):
-    on = target.sample(20_000, torch.Generator().manual_seed(0))
-    assert target.distance(on).max() < 1e-12
-    off = on[:200] + normal(200, 3, scale=0.3)
-    # No sample is nearer than the nearest point, and the nearest point lies on the manifold.
-    assert (torch.cdist(off, on).min(1).values >= target.distance(off) - 1e-9).all()
-    assert target.distance(target.nearest(off)).max() < 1e-9
-
-
-@targets
-def test_densities_integrate_to_one_and_agree_with_samples(target):
-    """E_q[p / q] = 1 and E_q[p / q x] = E_p[x], where q is uniform over the coordinates."""
-    n = 200_000
-    if target.name == "circle":
-        angle = 2 * math.pi * torch.rand(n, dtype=torch.float64)
-        x = torch.stack([angle.cos(), angle.sin()], 1) @ target.axes[:2]
-        area = torch.full((n,), 2 * math.pi, dtype=torch.float64)
-    elif target.name == "sphere":
-        x = torch.nn.functional.normalize(normal(n, 3))
-        area = torch.full((n,), 4 * math.pi, dtype=torch.float64)
-    else:
-        flat = 6 * torch.rand(n, 2, dtype=torch.float64) - 3
-        x = torch.cat([flat, flat.square().sum(1, keepdim=True) / 2], 1)
-        area = 36 * (1 + flat.square().sum(1)).sqrt()
-    weight = (target.log_density(x).exp() * area)[:, None]
-    samples = target.sample(n, torch.Generator().manual_seed(1))
-    for values, expected in ((weight, torch.ones(1)), (weight * x, samples.mean(0))):
-        error = values.std(0) / math.sqrt(n) + samples.std(0).max() / math.sqrt(n)
-        assert ((values.mean(0) - expected).abs() < 5 * error).all()
-
-
-def test_the_divergence_of_true_samples_is_small_and_of_others_is_not():
-    target = TARGETS["sphere"]
-    true = target.sample(points.SAMPLES, torch.Generator().manual_seed(2))
-    assert divergence(target, true) < 0.02  # (CELLS - 1) / (2 SAMPLES) = 0.005 is expected
-    assert divergence(target, torch.nn.functional.normalize(normal(points.SAMPLES, 3))) > 0.3
-
-
-def test_the_mixture_flow_is_a_bijection():
-    flow = MixtureFlow()
-    x = torch.cat([normal(200, 1), normal(200, 1, scale=0.3) + 3])
-    flow.initialize(x)
-    check_bijection(flow, (4, 1))
-    (z,), _ = flow(x)
-    assert z.std().item() == pytest.approx(1.0, abs=0.2)
 
 
 def test_the_most_probable_image_of_a_gaussian():
@@ -144,66 +93,46 @@ def test_the_bound_of_a_linear_vae_is_its_likelihood():
     assert_close(log_p, torch.full((4,), -math.log(2 * math.pi * s**2)).double(), terms=4)
 
 
-def test_a_circle_is_recovered():
-    """Distances are in units of the radius (the noise is 0.05), densities in nats.
-
-    The worst of three seeds reaches 0.027, 0.013, 0.014, 0.25 and 0.07. The bounds are about twice
-    that, because rounding differs between machines and training amplifies it. Samples of a plain
-    flow are 0.1 away.
-    """
-    compared = points_of("circle")
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    method = RECIPES["penalized, hierarchy"].build(compared.networks(), 1000.0, generator)
-    training.train(method, compared.batches(0, generator), (420, 180), 3e-3)
-    figures = compared.measure(method)
-    assert figures["sample_distance"] < NOISE
-    assert figures["projection_distance"] < NOISE / 2
-    assert figures["reconstruction"] < NOISE / 2
-    assert figures["density_error"] < 0.4
-    assert figures["divergence"] < 0.15
-
-
-def points_of(target: str) -> PointComparison:
-    grids = ((1e-3, 2e-3, 4e-3), (5.0, 10.0, 20.0))
-    return PointComparison(target, 1.0, *grids, extensions=3, target=target)
+@pytest.fixture
+def few_images(monkeypatch):
+    """Let the comparison have few images, with one set beside them."""
+    parts = [
+        Part(part.images[:count], torch.arange(count) % 10)
+        for part, count in zip(vars(SETS["digits"]()).values(), (200, 20, 20), strict=True)
+    ]
+    few = Images(*parts)
+    monkeypatch.setitem(SETS, "few", lambda: few)
+    noise = torch.randint(0, 256, (5, *SHAPE), dtype=torch.uint8)
+    monkeypatch.setattr(figures, "beside_digits", lambda test, count: {"noise": noise})
+    monkeypatch.setattr(figures, "MEASURED", 1)
+    yield
+    judge.cache_clear()
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_method_trains_and_samples(name):
+def test_every_method_trains_and_is_measured(name, few_images):
     """After two steps of each phase, every figure is finite."""
-    compared = points_of("sphere")
-    networks = compared.networks()
-    data = torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 4)
-    networks = dataclasses.replace(
-        networks, wide_flow=networks.flow, training_data=lambda: data, less_noise=0.02,
-        jet=networks.flow, tarflow=networks.flow, components=2,
-        spline_prior=networks.prior, tarflow_prior=networks.prior,
-        variational=lambda: (nn.Linear(3, 4), nn.Linear(2, 6)),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    method = RECIPES[name].build(networks, 10.0, generator)
-    before = [p.clone() for p in method.model.parameters()]
-    steps = [2] * len(method.phases)
-    training.train(method, compared.batches(0, generator), steps, 1e-3)
-    trained = [
-        not torch.equal(a, b) for a, b in zip(before, method.model.parameters(), strict=True)
-    ]
-    assert any(trained) == bool(steps)
-    figures = compared.measure(method)
-    assert all(math.isfinite(figures[key]) for key in points.METRICS)
+    compared = Comparison("few", "few", 1.0, (1e-3,), (10.0,), 0)
+    before, batches = compared._start(name, Settings(1e-3, 10.0), 0)
+    steps = [2] * len(before.phases)
+    method, _ = compared.fit(name, Settings(1e-3, 10.0), 0, steps)
+    pairs = zip(before.model.parameters(), method.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs) == bool(steps)
+    assert next(batches).shape == (BATCH, *SHAPE)
+    found = figures.validate("few", method) | figures.measure("few", method)
+    rows = [found | {"auroc_error": found["auroc"]["noise"]["error"]}]
+    measured = ["score", "squared_error", "frechet_projections", "frechet_on", "auroc_error"]
+    measured += ["bits", "frechet_off"] if method.density else []
+    assert all(math.isfinite(rows[0][key]) for key in measured)
     for off in {False, method.density}:
-        assert method.model.sample(4, off_manifold=off).shape == (4, 3)
+        assert method.model.sample(4, off_manifold=off).shape == (4, *SHAPE)
 
 
 def test_principal_components_are_the_gaussian_of_probabilistic_pca():
     """Its smallest variances are replaced by their mean (Tipping and Bishop 1999)."""
     torch.manual_seed(0)
     x = torch.randn(400, 5) * torch.tensor([3.0, 0.1, 1.0, 0.2, 2.0]) @ torch.randn(5, 5) + 1
-    networks = dataclasses.replace(
-        points_of("sphere").networks(), input_shape=(5,), dim=2, training_data=lambda: x
-    )
-    method = RECIPES["principal components, Gaussian"].build(networks, 1.0, torch.Generator())
+    model = ManifoldFlow(PrincipalComponents(x, 2), 2, objective=NORMAL)
     variances, axes = torch.linalg.eigh(x.double().T.cov())
     variances[:3] = variances[:3].mean()
     gaussian = torch.distributions.MultivariateNormal(
@@ -211,14 +140,14 @@ def test_principal_components_are_the_gaussian_of_probabilistic_pca():
     )
     expected = gaussian.log_prob(x.double())
     # The whitened x is a sum of five products, and the log-density one of five squares.
-    assert_close(method.model.log_prob(x), expected, terms=25)
+    assert_close(model.log_prob(x), expected, terms=25)
     kept = axes[:, 3:] @ axes[:, 3:].T
     centred = x.double() - x.double().mean(0)
     torch.testing.assert_close(
-        method.model.project(x).double(), centred @ kept + x.double().mean(0), atol=1e-4, rtol=1e-4
+        model.project(x).double(), centred @ kept + x.double().mean(0), atol=1e-4, rtol=1e-4
     )
     # With v drawn, samples have the covariance of the data, here within five standard errors.
-    drawn = method.model.sample(100_000, off_manifold=True).double()
+    drawn = model.sample(100_000, off_manifold=True).double()
     assert ((drawn.T.cov() - gaussian.covariance_matrix).abs() < 5 * 20 / 300).all()
 
 
@@ -240,24 +169,27 @@ def test_gaussians_without_training():
 @pytest.mark.parametrize("best", [(2e-3, 10.0), (1.6e-2, 2.5), (2.5e-4, 80.0)])
 def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_path, monkeypatch):
     """Trainings are replaced by a score with a known minimum. One rate has no finite score."""
-    compared = points_of("sphere")
+    compared = Comparison("some", "digits", 1.0, (1e-3, 2e-3, 4e-3), (5.0, 10.0, 20.0), 3)
 
     def score(self, name, settings, seed, steps):
         if settings.rate > 0.03:
             return {"failed": "loss nan"}
         rate = settings.rate / RECIPES[name].slower
         pairs = zip((rate, settings.weight), best, strict=True)
-        return {"validation": {"score": sum(abs(math.log(a / b)) for a, b in pairs)}}
+        found = sum(abs(math.log(a / b)) for a, b in pairs)
+        key = "bits" if RECIPES[name].by_likelihood else "score"
+        return {"validation": {key: found}}
 
-    monkeypatch.setattr(PointComparison, "_train", score)
+    monkeypatch.setattr(Comparison, "_train", score)
     monkeypatch.setattr(training, "step_seconds", lambda method, *_: [0.01] * len(method.phases))
     store = Store(tmp_path)
-    found = names(compared.networks())
-    chosen = compared.choose(store, found)
-    rows = store.rows("sphere-run-")
+    chosen = compared.choose(store, [*RECIPES])
+    untrained = "principal components, Gaussian"
+    assert chosen[untrained] == (0.0, 1.0)
+    rows = store.rows("some-run-")
     assert chosen["plain likelihood"] == (best[0], 10.0)  # it has no weight
     assert chosen["rectangular flow"] == best
-    for name in chosen:
+    for name in RECIPES.keys() - {untrained}:
         swept = RECIPES[name].weighted and RECIPES[name].weight is None
         for key in ("rate", "weight") if swept else ("rate",):
             tried = {row[key] for row in rows if row["method"] == name}
@@ -267,7 +199,7 @@ def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_
     steps = {row["method"]: row["steps"] for row in rows}
     assert steps["plain likelihood"] == [100]
     assert steps["M-flow"] == [85, 15]
-    assert {row["method"] for row in finals(store, "sphere")} == set(found)
+    assert {row["method"] for row in finals(store, "some")} == {*RECIPES} - {untrained}
     # A longer training starts at the rate found here and the next smaller one.
     longer = dataclasses.replace(compared, name="longer")
     assert longer.choose(store, ["M-flow"], chosen)["M-flow"] == chosen["M-flow"]
@@ -354,16 +286,16 @@ def test_image_sets_have_three_parts_without_common_images(name):
 
 
 def test_the_frechet_distance_is_that_of_gaussians():
-    judge = object.__new__(Judge)
-    judge.features = torch.nn.Flatten()
+    of_pixels = object.__new__(Judge)
+    of_pixels.features = torch.nn.Flatten()
     a, b = (torch.randint(0, 256, (4000, 1, 1, 2), dtype=torch.uint8) for _ in range(2))
     a = a // 2  # half the mean and the deviation
     scaled = [part.flatten(1).double() / 128 - 1 for part in (a, b)]
     (m1, m2), (s1, s2) = zip(*((x.mean(0), x.std(0)) for x in scaled), strict=True)
     expected = (m1 - m2).square().sum() + (s1 - s2).square().sum()  # if pixels are independent
-    found = judge.frechet(a, Part(b, torch.zeros(len(b))))
+    found = of_pixels.frechet(a, Part(b, torch.zeros(len(b))))
     assert found == pytest.approx(expected.item(), rel=0.01)
-    assert judge.frechet(b, Part(b, torch.zeros(len(b)))) == pytest.approx(0, abs=1e-6)
+    assert of_pixels.frechet(b, Part(b, torch.zeros(len(b)))) == pytest.approx(0, abs=1e-6)
 
 
 def test_tables_show_missing_values_and_failed_runs():
@@ -388,9 +320,8 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_the_falling_weight_is_that_of_a_schedule():
     """The loss equals that of `ManifoldObjective` with a `WeightSchedule` at the same step."""
-    networks = points_of("sphere").networks()
-    method = RECIPES["falling weight, hierarchy"].build(networks, 50.0, torch.Generator())
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(0)) - 0.5
+    method = RECIPES["falling weight, hierarchy"].build(x, 50.0, torch.Generator())
     first = method.model.stages[0]
     method.model.initialize(x, stage=0)
     objective = ManifoldObjective("data", "l2", weight=WeightSchedule(500.0, 50.0, 60))
@@ -400,14 +331,7 @@ def test_the_falling_weight_is_that_of_a_schedule():
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
 
 
-def test_the_energy_distance_tells_distributions_apart():
-    x, y = normal(2000, 3), normal(2000, 3)
-    assert abs(points.energy_distance(x, y)) < 0.01
-    assert points.energy_distance(x, y + 1) > 0.2
-    assert points.energy_distance(x * math.nan, y) == math.inf
-
-
 def test_tables_of_no_runs_say_so(tmp_path, capsys):
-    main(["--tables", "--only", "points", "--out", str(tmp_path)])
-    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
+    main(["--tables", "--only", "digits", "--out", str(tmp_path)])
+    assert f"no runs of digits in {tmp_path / 'full'}\n" in capsys.readouterr().out
     assert not list((tmp_path / "full").iterdir())
