@@ -7,8 +7,10 @@ compiler must also know which stride is 1, and a divisor of the others. `strided
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -29,6 +31,21 @@ _UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
 KernelState = tuple[Any, ...]
 
 
+@lru_cache(4096)  # each launch asks for several, and the steps of a flow repeat
+def _described(
+    shape: torch.Size, stride: tuple[int, ...], first: int
+) -> tuple[int, int | None, int | None, _Unit]:
+    """What `strided` returns beside the tensor.
+
+    Args:
+        first: the address of the first element, in elements.
+    """
+    check_span("state", shape, stride)
+    n, c, p = strides(shape, stride)
+    unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
+    return n, None if c == 1 else c, None if p == 1 else p, unit
+
+
 def strided(x: Tensor | None) -> KernelState:
     """Return `x` as a kernel takes it, for `at`.
 
@@ -41,12 +58,8 @@ def strided(x: Tensor | None) -> KernelState:
     """
     if x is None:
         return (None,)
-    n, c, p = strides(x)
-    if (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p >= 2**31:
-        check_span("state", x)
-    first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.element_size()
-    unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
-    return x, n, None if c == 1 else c, None if p == 1 else p, unit
+    first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.itemsize % 8
+    return x, *_described(x.shape, x.stride(), first)
 
 
 def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[KernelState, KernelState]:

@@ -55,12 +55,13 @@ class Shape(NamedTuple):
     @property
     def packed(self) -> int:
         """Numbers of all weights."""
-        return sum(map(math.prod, self.weights))
+        return sum(_parts(self)[0])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The weights W1, W2 and W3, (out, taps, in), as views of one tensor."""
-        sizes = [math.prod(shape) for shape in self.weights]
-        return self.shaped(torch.split_with_sizes(packed, sizes))
+        sizes, shapes = _parts(self)
+        parts = torch.split_with_sizes(packed, sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @property
     def flops(self) -> list[int]:
@@ -83,6 +84,12 @@ class Shape(NamedTuple):
             return [w[:, 0] for w in weights]
         sides = zip(weights, (3, 1, 3), strict=True)
         return [w.view(w.shape[0], side, side, -1).permute(0, 3, 1, 2) for w, side in sides]
+
+
+@cache  # a step of flow unpacks weights five times, and the GPU may wait for the host
+def _parts(s: Shape) -> tuple[list[int], tuple[tuple[int, int, int], ...]]:
+    """The numbers of each weight, and their shapes."""
+    return [math.prod(shape) for shape in s.weights], s.weights
 
 
 def block(n: int, most: int = 1024) -> int:

@@ -23,15 +23,11 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :c_a], x[:, c_a:]
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, int]:
     """Steps, in elements, to the next sample, channel and pixel of a tensor that `dense_pixels`
-    returned. It is a plain tuple, because each launch asks for several."""
-    if x.dim() == 4:
-        n, c, down, right = x.stride()
-        _, _, height, width = x.shape
-        return n, c, right if width > 1 else down if height > 1 else 1
-    p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
-    return x.stride(0), x.stride(1), p
+    returned, from its shape and strides."""
+    sides = zip(shape[:1:-1], stride[:1:-1], strict=True)
+    return stride[0], stride[1], next((step for length, step in sides if length > 1), 1)
 
 
 def dense_pixels(x: Tensor) -> Tensor:
@@ -59,18 +55,18 @@ def flow_state(name: str, value: object) -> Tensor:
     """
     x = dense_pixels(check_state(name, value))
     if x.numel() >= 2**31 and x.device.type != "cpu":  # most states need no exact check
-        check_span(name, x)
+        check_span(name, x.shape, x.stride())
     return x
 
 
-def check_span(name: str, x: Tensor) -> None:
+def check_span(name: str, shape: torch.Size, stride: tuple[int, ...]) -> None:
     """Raise ValueError if an offset within a sample does not fit the 32 bits that kernels use."""
-    _, c, p = strides(x)
-    span = (x.shape[1] - 1) * c + (pixels(x) - 1) * p + 1
+    _, c, p = strides(shape, stride)
+    span = (shape[1] - 1) * c + (shape[2:].numel() - 1) * p + 1
     if span > 2**31:
         raise ValueError(
             f"{name}: expected samples that span at most 2^31 elements, got one of shape "
-            f"{tuple(x.shape[1:])} that spans {span}"
+            f"{tuple(shape[1:])} that spans {span}"
         )
 
 
@@ -83,7 +79,7 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
 
 def channels_first(x: Tensor) -> bool:
     """Whether neighbours in memory are pixels of one channel rather than channels of one pixel."""
-    return pixels(x) > 1 and strides(x)[2] == 1
+    return pixels(x) > 1 and strides(x.shape, x.stride())[2] == 1
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -52,7 +52,7 @@ def test_layouts_of_models_are_read_in_place(shape, layout):
     assert dense_pixels(x) is x
     assert flow_state("x", x) is x
     size = (*shape[:2], pixels(x))
-    walked = torch.as_strided(x, size, strides(x), x.storage_offset())
+    walked = torch.as_strided(x, size, strides(x.shape, x.stride()), x.storage_offset())
     assert torch.equal(walked, x.reshape(size))
 
 
