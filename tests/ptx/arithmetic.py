@@ -105,35 +105,28 @@ def _product(t: Translator, i: Instruction) -> None:
 
 @instruction("setp")
 def _setp(t: Translator, i: Instruction) -> None:
-    comparison = i.parts[1]
-    if i.type in ("bf16x2", "f16x2"):
-        return _setp_of_a_pair(t, i)
-    if "|" in str(i.args[0]) or {"and", "or", "xor"} & set(i.parts):
+    """One comparison, or p|q: that of the lower halves and that of the upper halves."""
+    comparison, pair, narrow = i.parts[1], i.type.endswith("x2"), i.type in NARROW
+    places = str(i.args[0]).split("|")
+    refused = {"and", "or", "xor", *(["ftz"] if pair else [])}
+    if len(places) != 1 + pair or refused & set(i.parts):
         raise Unsupported(i.op)
-    a, b = "{0}", "{1}"
-    if i.type in NARROW:
-        a, b = (f"widened({x}, {i.type!r})" for x in (a, b))
-    unordered = f"np.isnan({a}) | np.isnan({b})"
-    if comparison == "num":
-        result = f"~({unordered})"
-    elif comparison not in COMPARISONS:  # true if either operand is NaN
-        result = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | {unordered}"
-    else:
-        result = f"{a} {COMPARISONS[comparison]} {b}"
-        if comparison == "ne" and (is_float(i.type) or i.type in NARROW):
-            result = f"({result}) & ~({unordered})"
-    t.compute(i, [bits_of(i.type) if i.type in NARROW else i.type] * 2, result)
-
-
-def _setp_of_a_pair(t: Translator, i: Instruction) -> None:
-    """p|q: the comparison of the lower halves, and that of the upper halves."""
-    comparison, kind = i.parts[1], i.type.removesuffix("x2")
-    both = str(i.args[0]).split("|")
-    if comparison not in COMPARISONS or comparison == "ne" or len(i.parts) > 3 or len(both) != 2:
-        raise Unsupported(i.op)
-    for place, shift in zip(both, (0, 16), strict=True):
-        a, b = (_half(t.read(x, "b32"), shift, kind) for x in i.args[1:3])
-        t.put(place, f"{a} {COMPARISONS[comparison]} {b}")
+    for place, shift in zip(places, (0, 16), strict=False):
+        a, b = (t.read(x, bits_of(i.type) if narrow else i.type) for x in i.args[1:])
+        if pair:
+            a, b = (_half(x, shift, i.type.removesuffix("x2")) for x in (a, b))
+        elif narrow:
+            a, b = (f"widened({x}, {i.type!r})" for x in (a, b))
+        unordered = f"np.isnan({a}) | np.isnan({b})"
+        if comparison == "num":
+            result = f"~({unordered})"
+        elif comparison not in COMPARISONS:  # true if either operand is NaN
+            result = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | {unordered}"
+        else:
+            result = f"{a} {COMPARISONS[comparison]} {b}"
+            if comparison == "ne" and (is_float(i.type) or narrow):
+                result = f"({result}) & ~({unordered})"
+        t.put(place, result)
 
 
 @instruction("mov")

@@ -14,6 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ class Violation(AssertionError):
     """A compiled kernel made an invalid access, or one that races."""
 
 
+@dataclass
 class Launched:
-    """A finished launch: its report, and its tensors by region."""
+    """A finished launch: its report, its bytes of shared memory, and its tensors by region."""
 
-    def __init__(self, kernel: str, grid: tuple[int, ...], report: Report, shared: int) -> None:
-        self.kernel, self.grid, self.report, self.shared = kernel, grid, report, shared
-        self.tensors: dict[str, list[tuple[str, Tensor]]] = {}  # by region
+    kernel: str
+    grid: tuple[int, ...]
+    report: Report
+    shared: int
+    tensors: dict[str, list[tuple[str, Tensor]]]
 
 
 class Device:
@@ -111,9 +115,7 @@ class Device:
             packed[parameter.offset : parameter.offset + parameter.size] = raw[: parameter.size]
         Machine(translator, arena.memory, bytes(packed), grid, shared, self.late).run()
         arena.write_back()
-        launched = Launched(name, grid, report, shared)
-        launched.tensors = arena.tensors
-        self.launches.append(launched)
+        self.launches.append(Launched(name, grid, report, shared, arena.tensors))
         if report.faults and self.raises:
             shown = "".join(f"\n  {fault}" for fault in report.faults[:SHOWN])
             more = len(report.faults) - SHOWN

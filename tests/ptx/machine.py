@@ -5,6 +5,8 @@ in the program runs next, for all threads that have reached it. The machine runs
 the grid at once, with up to `AT_ONCE` threads in all.
 """
 
+from bisect import bisect_left
+
 import numpy as np
 
 from ptx import arithmetic, memory_access  # noqa: F401 - register their instructions
@@ -58,6 +60,7 @@ class Machine:
         self.global_memory, self.report, self.parameters = memory, memory.report, parameters
         self.grid, self.threads, self.late = grid, self.kernel.threads, late
         self.shared_bytes = shared
+        self.starts = [start for start, _ in self.kernel.blocks]
         words = [4]
         for i in self.kernel.instructions:
             if i.name in ("ld", "st") and "shared" in i.parts:
@@ -95,8 +98,6 @@ class Machine:
             for width in self.translator.widths
         ]
         end = len(self.kernel.blocks)
-        starts = {start: b for b, (start, _) in enumerate(self.kernel.blocks)}
-        starts[len(self.kernel.instructions)] = end
         at, waiting = np.zeros(lanes.count, i4), np.zeros(lanes.count, bool)
         for _ in range(STEPS):
             ready = (at < end) & ~waiting
@@ -108,7 +109,7 @@ class Machine:
             now = int(at[ready].min())
             mask = ready & (at == now)
             self._block(now, mask, registers)
-            self._jump(now, mask, at, waiting, registers, starts)
+            self._jump(now, mask, at, waiting, registers)
         raise RuntimeError(f"{self.kernel.name} did not end within {STEPS} basic blocks")
 
     def _block(self, now: int, mask: Array, registers: list[Array]) -> None:
@@ -120,9 +121,8 @@ class Machine:
             self.report.warps[at] += warps
 
     def _jump(
-        self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array],
-        starts: dict[int, int],
-    ) -> None:  # fmt: skip
+        self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array]
+    ) -> None:
         """Move the threads of `mask` from the end of a basic block to their next one."""
         last = self.kernel.instructions[self.kernel.blocks[now][1] - 1]
         at[mask] = now + 1
@@ -137,7 +137,7 @@ class Machine:
             p = registers[self.translator.index[last.predicate]]
             mask = mask & (~p if last.negated else p)
         if last.name == "bra":
-            at[mask] = starts[self.kernel.labels[str(last.args[0])]]
+            at[mask] = bisect_left(self.starts, self.kernel.labels[str(last.args[0])])
         else:
             at[mask] = len(self.kernel.blocks)
 

@@ -61,7 +61,7 @@ def _wgmma(t: Translator, i: Instruction) -> None:
     if i.parts[1] == "fence":
         return
     if i.parts[1] in ("commit_group", "wait_group"):
-        return _group(t, i, "tensor_cores")
+        return _group(t, i, "tensor_cores", "products")
     # wgmma.mma_async.sync.aligned.m64nNkK.f32.A.B d, a, b, scale-d, scale-a, scale-b, transposes
     d, a, b, scale, *rest = i.args
     shape, kind = re.fullmatch(r"m64n(\d+)k(\d+)", i.parts[4]), i.parts[6]
@@ -75,11 +75,11 @@ def _wgmma(t: Translator, i: Instruction) -> None:
     t.put_all(d, t.call("tensor_cores.wgmma", shape[1], repr(kind), *operands))
 
 
-def _group(t: Translator, i: Instruction, store: str) -> None:
+def _group(t: Translator, i: Instruction, unit: str, groups: str) -> None:
     """Close a group of asynchronous copies or products, or wait for all but the last groups."""
     if "commit_group" in i.parts:
-        return t.write(f"M.{store}.commit({t.mask()})")
-    t.write(f"M.{store}.wait({int(i.args[0], 0)}, {t.mask()})")
+        return t.write(f"M.{unit}.{groups}.commit({t.mask()})")
+    t.write(f"M.{unit}.wait({int(i.args[0], 0)}, {t.mask()})")
 
 
 @instruction("fence")
@@ -114,7 +114,7 @@ def _cp(t: Translator, i: Instruction) -> None:
     if i.parts[1] != "async" or {"bulk", "wait_all"} & set(i.parts):
         raise Unsupported(i.op)
     if {"commit_group", "wait_group"} & set(i.parts):
-        return _group(t, i, "shared_memory")
+        return _group(t, i, "shared_memory", "copies")
     to, source, size, *taken = i.args
     # The copy reads `taken` bytes and sets the rest of `size` to zero.
     addresses = t.address(to, "shared"), t.address(source, "global")

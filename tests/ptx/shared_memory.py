@@ -6,7 +6,6 @@ any time from its issue to its wait, and a product of a tensor core (`tensor_cor
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -33,9 +32,12 @@ class Access:
     ) -> None:
         self.memory, self.at, self.who, self.offsets = memory, at, who, offsets
         self.width = width
+        self.data: Array | None = None  # that an asynchronous copy writes
 
     def part(self, which: Array) -> "Access":
-        return Access(self.memory, self.at, self.who[which], self.offsets[which], self.width)
+        part = Access(self.memory, self.at, self.who[which], self.offsets[which], self.width)
+        part.data = None if self.data is None else self.data[which]
+        return part
 
     @cached_property
     def grains(self) -> Array:
@@ -73,13 +75,33 @@ class Access:
         m.lanes.check(bad, kind, self.at, self.who, where, self.width, what)
 
 
-@dataclass
-class Copy:
-    """Asynchronous copies in flight, one per thread."""
+class Groups:
+    """Asynchronous accesses in flight, in the groups that their threads commit."""
 
-    access: Access
-    data: Array
-    groups: Array  # number of groups that their threads had committed before
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes, self.committed = lanes, np.zeros(lanes.count, i4)
+        # With the number of groups that each thread had committed before.
+        self.flying: list[tuple[Access, Array]] = []
+
+    def add(self, access: Access) -> None:
+        self.flying.append((access, self.committed[access.who.reshape(len(access.who))]))
+
+    def commit(self, mask: Array | None) -> None:
+        self.committed[self.lanes.of(mask)] += 1
+
+    def wait(self, pending: int, mask: Array | None) -> list[Access]:
+        """Remove and return all but the last `pending` groups of the threads' accesses."""
+        active = np.ones(self.lanes.count, bool) if mask is None else mask
+        finished, left = [], []
+        for access, groups in self.flying:
+            who = access.who.reshape(len(access.who))
+            done = active[who] & (groups < self.committed[who] - pending)
+            if done.any():
+                finished.append(access.part(done))
+            if not done.all():
+                left.append((access.part(~done), groups[~done]))
+        self.flying = left
+        return finished
 
 
 class SharedMemory:
@@ -99,8 +121,7 @@ class SharedMemory:
         # Whether an asynchronous copy to a grain, or a product that reads it, is in flight.
         self.arriving, self.in_product = np.zeros(grains, bool), np.zeros(grains, bool)
         self.fences = np.zeros(lanes.count, i4)  # fences between a thread's stores and tensor cores
-        self.copies: list[Copy] = []
-        self.committed = np.zeros(lanes.count, i4)
+        self.copies = Groups(lanes)
 
     # Accesses
 
@@ -249,27 +270,16 @@ class SharedMemory:
         access = self._sound(to, size, lanes, at)
         self._check_write(access.part(access.checked), np.False_)
         self.arriving[access.grains] = True
-        self.copies.append(Copy(access, data[access.who], self.committed[access.who].copy()))
-
-    def commit(self, mask: Array | None) -> None:
-        self.committed[self.lanes.of(mask)] += 1
+        access.data = data[access.who]
+        self.copies.add(access)
 
     def wait(self, pending: int, mask: Array | None) -> None:
         """Complete all but the last `pending` groups of the threads' copies."""
-        active = np.ones(self.lanes.count, bool) if mask is None else mask
-        left = []
-        for copy in self.copies:
-            who = copy.access.who
-            done = active[who] & (copy.groups < self.committed[who] - pending)
-            if done.any():
-                access = copy.access.part(done)
-                self.data[access.offsets[:, None] + np.arange(access.width)] = copy.data[done]
-                self.arriving[access.grains] = False
-                self.written[access.grains] = True
-                self._note_writer(access)
-            if not done.all():
-                left.append(Copy(copy.access.part(~done), copy.data[~done], copy.groups[~done]))
-        self.copies = left
+        for access in self.copies.wait(pending, mask):
+            self.data[access.offsets[:, None] + np.arange(access.width)] = access.data
+            self.arriving[access.grains] = False
+            self.written[access.grains] = True
+            self._note_writer(access)
 
     # Bank conflicts
 

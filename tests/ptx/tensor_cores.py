@@ -7,31 +7,16 @@ hardware. The layouts of fragments and matrix descriptors are those of the PTX I
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.numerics import UNSIGNED, Array, as_tf32, f4, f8, i4, i8, toward_zero, u2, u4, u8, widened
+from ptx.numerics import UNSIGNED, Array, as_tf32, f4, f8, i8, toward_zero, u2, u4, u8, widened
 from ptx.parser import Unsupported
-from ptx.shared_memory import Access, SharedMemory
+from ptx.shared_memory import Access, Groups, SharedMemory
 from ptx.translator import SHARED_BASE
 
 BYTES = {"tf32": 4, "bf16": 2, "f16": 2}
 PITCHES = {1: 128, 2: 64, 3: 32}  # bytes of a row, by the descriptor's kind of swizzle
-
-
-@dataclass
-class Reading:
-    """Shared memory that a product may still read."""
-
-    access: Access  # with the first thread of each group
-    groups: Array  # number of groups of products that it had committed before
-
-
-@dataclass
-class Pending:
-    group: int
-    compute: Callable[[], None]
 
 
 class TensorCores:
@@ -39,9 +24,8 @@ class TensorCores:
 
     def __init__(self, shared: SharedMemory, late: bool) -> None:
         self.shared, self.lanes, self.late = shared, shared.lanes, late
-        self.committed = np.zeros(self.lanes.count, i4)
-        self.reading: list[Reading] = []
-        self.pending: list[Pending] = []
+        self.products = Groups(self.lanes)  # that may still read shared memory
+        self.pending: list[tuple[int, Callable[[], None]]] = []  # with the number of their group
 
     def mma(
         self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array],
@@ -92,7 +76,7 @@ class TensorCores:
             fragment.write(out, toward_zero(d))
 
         if self.late and mask is None:  # the registers that hold `out` are filled by the wait
-            self.pending.append(Pending(int(self.committed[0]), compute))
+            self.pending.append((int(self.products.committed[0]), compute))
         else:
             compute()
         return out
@@ -128,7 +112,7 @@ class TensorCores:
         ):
             access.check(bad, kind, f"which a product reads and {what}")
         if checked.any():
-            self.reading.append(Reading(access, self.committed[access.who[:, 0, 0]].copy()))
+            self.products.add(access)
             shared.in_product[grains] = True
             self._note_readers(access)
 
@@ -138,28 +122,18 @@ class TensorCores:
         shared.read_epoch[grains] = access.now
         shared.read_warp_epoch[grains] = 1 << 30  # no bar.warp.sync orders it
 
-    def commit(self, mask: Array | None) -> None:
-        self.committed[self.lanes.of(mask)] += 1
-
     def wait(self, pending: int, mask: Array | None) -> None:
         """Complete all but the last `pending` groups of products."""
-        active = np.ones(self.lanes.count, bool) if mask is None else mask
-        done_before = self.committed[0] - pending
-        for product in self.pending:
-            if product.group < done_before:
-                product.compute()
-        self.pending = [p for p in self.pending if p.group >= done_before]
-        left = []
-        for r in self.reading:
-            first = r.access.who[:, 0, 0]
-            done = active[first] & (r.groups < self.committed[first] - pending)
-            self._note_readers(r.access.part(done))
-            if not done.all():
-                left.append(Reading(r.access.part(~done), r.groups[~done]))
-        self.reading = left
+        done_before = self.products.committed[0] - pending
+        for group, compute in self.pending:
+            if group < done_before:
+                compute()
+        self.pending = [p for p in self.pending if p[0] >= done_before]
+        for access in self.products.wait(pending, mask):
+            self._note_readers(access)
         self.shared.in_product[:] = False
-        for r in left:
-            self.shared.in_product[r.access.grains] = True
+        for access, _ in self.products.flying:
+            self.shared.in_product[access.grains] = True
 
 
 class Fragment:

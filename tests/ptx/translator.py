@@ -6,7 +6,6 @@ threads that run (None for all). Each instruction has a function in `INSTRUCTION
 """
 
 import re
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -189,12 +188,12 @@ def _immediate(text: str, kind: str) -> Any:
     if kind == "pred":
         return np.bool_(int(text, 0) != 0)
     dtype = getattr(numerics, numpy_kind(kind))
-    if text[:2] in ("0f", "0F") and len(text) == 10:
-        single = struct.unpack(">f", bytes.fromhex(text[2:]))[0]
-        return dtype(single) if is_float(kind) else np.uint32(int(text[2:], 16))
-    if text[:2] in ("0d", "0D") and len(text) == 18:
-        bits = np.uint64(int(text[2:], 16))
-        return bits.view(np.float64) if is_float(kind) else bits
+    found = re.fullmatch("0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text)
+    if found:  # the bits of a float
+        bits = bytes.fromhex(found[1] or found[2])[::-1]
+        letter = "f" if is_float(kind) else "u"
+        number = np.frombuffer(bits, f"{letter}{len(bits)}")[0]
+        return dtype(number) if is_float(kind) else number
     number = int(text.rstrip("U"), 0)
     if is_float(kind):
         return dtype(number)
