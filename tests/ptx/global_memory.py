@@ -10,7 +10,6 @@ from ptx.report import Report, Touched, Traffic
 
 SHIFT = 40  # an address is (region + 1) << SHIFT | offset
 SECTOR = 32
-UNKNOWN = 0xCDCDCDCDCDCDCDCD  # the result of a load with a fault
 
 
 class Region:
@@ -72,22 +71,15 @@ class GlobalMemory:
     def load(
         self, address: Array, size: int, vector: int, mask: Array | None, at: int
     ) -> list[Array]:
-        lanes = self.lanes.of(mask)
-        unknown = UNKNOWN & ((1 << 8 * size) - 1)
-        out = [np.full(self.lanes.count, unknown, UNSIGNED[size]) for _ in range(vector)]
-        width = size * vector
-        for region, off, who in self._sound(address, width, lanes, "load", at):
-            grains = region.grains(off, width)
-            blank = region.unwritten[grains].any(1)
-            if blank.any():
-                what = f"of {region.name}, which is uninitialized"
-                self.lanes.fault("uninitialized", at, who[blank], off[blank], width, what)
-            me = self.lanes.in_grid[who][:, None]
-            writer = region.writer[grains]
-            bad = ((writer != -1) & (writer != me)).any(1)
-            if bad.any():
-                what = f"of {region.name}, which another thread of this launch wrote"
-                self.lanes.fault("global race", at, who[bad], off[bad], width, what)
+        lanes, width = self.lanes, size * vector
+        out = lanes.unknown(size, vector)
+        for region, off, who in self._sound(address, width, lanes.of(mask), "load", at):
+            grains, me = region.grains(off, width), lanes.in_grid[who][:, None]
+            what = f"of {region.name}, which is uninitialized"
+            lanes.check(region.unwritten[grains], "uninitialized", at, who, off, width, what)
+            what = f"of {region.name}, which another thread of this launch wrote"
+            written = _others(region.writer[grains], me)
+            lanes.check(written, "global race", at, who, off, width, what)
             region.reader[grains] = me
             words = region.data.view(UNSIGNED[size])
             for j in range(vector):
@@ -97,26 +89,23 @@ class GlobalMemory:
     def store(
         self, address: Array, size: int, values: list[Array], mask: Array | None, at: int
     ) -> None:
-        lanes, width = self.lanes.of(mask), size * len(values)
-        for region, off, who in self._sound(address, width, lanes, "store", at):
-            grains = region.grains(off, width)
-            me = self.lanes.in_grid[who][:, None]
-            reader, writer = region.reader[grains], region.writer[grains]
-            bad = ((reader != -1) & (reader != me)).any(1)
-            if bad.any():
-                what = f"of {region.name}, which another thread of this launch read"
-                self.lanes.fault("global race", at, who[bad], off[bad], width, what)
+        lanes, width = self.lanes, size * len(values)
+        for region, off, who in self._sound(address, width, lanes.of(mask), "store", at):
+            grains, me = region.grains(off, width), lanes.in_grid[who][:, None]
+            what = f"of {region.name}, which another thread of this launch read"
+            read = _others(region.reader[grains], me)
+            lanes.check(read, "global race", at, who, off, width, what)
             words = region.data.view(UNSIGNED[size])
             new = np.stack([v[who] for v in values], 1)
             places = (off // size)[:, None] + np.arange(len(values))
-            twice = ((writer != -1) & (writer != me)).any(1) & (words[places] != new).any(1)
+            written = _others(region.writer[grains], me).any(1)
+            twice = written & (words[places] != new).any(1)
             region.writer[grains] = np.broadcast_to(me, grains.shape)
             words[places] = new
             # Threads that write the same grain with this instruction.
             twice |= (region.writer[grains] != me).any(1) & (words[places] != new).any(1)
-            if twice.any():
-                what = f"of {region.name}, stored by two threads with different values"
-                self.lanes.fault("global race", at, who[twice], off[twice], width, what)
+            what = f"of {region.name}, stored by two threads with different values"
+            lanes.check(twice, "global race", at, who, off, width, what)
             region.unwritten[grains] = False
 
     def _sound(
@@ -126,29 +115,24 @@ class GlobalMemory:
         address = address[lanes]
         number = (address >> u8(SHIFT)).astype(i8)
         offset = (address & u8((1 << SHIFT) - 1)).astype(i8)
-        for region_number in np.unique(number):
-            mine = number == region_number
+        nowhere = (number < 1) | (number > len(self.regions))
+        self.lanes.check(nowhere, "out of bounds", at, lanes, address, width, "in no tensor")
+        for region_number in np.unique(number[~nowhere]):
+            region, mine = self.regions[region_number - 1], number == region_number
             off, who = offset[mine], lanes[mine]
-            if not 0 < region_number <= len(self.regions):
-                self.lanes.fault("out of bounds", at, who, address[mine], width, "in no tensor")
-                continue
-            region = self.regions[region_number - 1]
-            good = off + width <= region.nbytes
-            if not good.all():
-                what = f"past the {region.nbytes} bytes of {region.name}"
-                self.lanes.fault("out of bounds", at, who[~good], off[~good], width, what)
-            misaligned = off % width != 0
-            if misaligned.any():
-                what = f"in {region.name}"
-                self.lanes.fault("misaligned", at, who[misaligned], off[misaligned], width, what)
-            off, who = off[good & ~misaligned], who[good & ~misaligned]
+            past, misaligned = off + width > region.nbytes, off % width != 0
+            what = f"past the {region.nbytes} bytes of {region.name}"
+            self.lanes.check(past, "out of bounds", at, who, off, width, what)
+            what = f"in {region.name}"
+            self.lanes.check(misaligned, "misaligned", at, who, off, width, what)
+            good = ~(past | misaligned)
+            off, who = off[good], who[good]
             if not len(off):
                 continue
             if region.legal_before is not None:
                 outside = region.legal_before[off + width] - region.legal_before[off] != width
-                if outside.any():
-                    what = f"in the storage of {region.name}, but outside its view"
-                    self.lanes.fault("out of bounds", at, who[outside], off[outside], width, what)
+                what = f"in the storage of {region.name}, but outside its view"
+                self.lanes.check(outside, "out of bounds", at, who, off, width, what)
             self._count(region, off, who, width, kind)
             yield region, off, who
 
@@ -167,3 +151,8 @@ class GlobalMemory:
             fewest=int((-(-asked * width // SECTOR)).sum()),
         )
         region.sectors[kind][off // SECTOR] = True
+
+
+def _others(thread: Array, me: Array) -> Array:
+    """Whether the last thread that reached a grain is another one."""
+    return (thread != -1) & (thread != me)

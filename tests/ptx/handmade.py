@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptx.global_memory import GlobalMemory, Region
-from ptx.machine import Machine, Program
+from ptx.machine import Machine
 from ptx.parser import parse
 from ptx.report import Report
 from ptx.translator import Translator
@@ -61,7 +61,6 @@ def run(
     ]
     packed = np.array([memory.add(region) for region in regions], "u8").tobytes()
     packed += np.array(integers, "u4").tobytes()
-    program = Program(kernel, Translator(kernel))
-    Machine(program, memory, packed, (grid, 1, 1), shared).run()
+    Machine(Translator(kernel), memory, packed, (grid, 1, 1), shared).run()
     after = [r.data[: r.nbytes].view(a.dtype) for r, a in zip(regions, arrays, strict=True)]
     return after, memory.report

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.numerics import Array, i4, u4
+from ptx.numerics import UNSIGNED, Array, i4, u1, u4
 from ptx.report import Report
+
+UNKNOWN = 0xCD  # each byte of a register that nothing has set
 
 
 @dataclass
@@ -37,12 +39,22 @@ class Lanes:
     def of(self, mask: Array | None) -> Array:
         return self.everyone if mask is None else np.nonzero(mask)[0]
 
-    def fault(
-        self, kind: str, at: int | None, who: Array, where: Array, width: int, what: str
+    def unknown(self, size: int, vector: int) -> list[Array]:
+        """The results of a load before it: marked numbers, which a load with a fault keeps."""
+        return [np.full(self.count * size, UNKNOWN, u1).view(UNSIGNED[size]) for _ in range(vector)]
+
+    def check(
+        self, bad: Array, kind: str, at: int, who: Array, where: Array, width: int, what: str
     ) -> None:
-        """Report a wrong access of `width` bytes at `where` by the threads `who`."""
-        lane = int(who[0])
-        block, thread = int(self.block[lane]) + self.first, int(self.tid[lane])
+        """Report the accesses of `width` bytes at `where` by the threads `who` that are bad.
+
+        `bad` may have one axis more than `where`, for the parts of an access.
+        """
+        if not bad.any():
+            return
+        bad = bad.any(-1) if bad.ndim > where.ndim else bad
+        who, where = np.broadcast_to(who, where.shape)[bad], where[bad]
+        block, thread = int(self.block[who[0]]) + self.first, int(self.tid[who[0]])
         example = f"block {block} thread {thread}: {width} bytes at {int(where[0]):#x} {what}"
         self.report.fault(kind, at, len(who), example)
 

@@ -14,6 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from ptx.global_memory import GlobalMemory, Region
-from ptx.machine import Machine, Program
+from ptx.machine import Machine
 from ptx.parser import parse
 from ptx.report import Report
 from ptx.translator import Translator
@@ -40,12 +41,15 @@ class Violation(AssertionError):
     """A compiled kernel made an invalid access, or one that races."""
 
 
+@dataclass
 class Launched:
-    """A finished launch: its report, and its tensors by region."""
+    """A finished launch: its report, its bytes of shared memory, and its tensors by region."""
 
-    def __init__(self, kernel: str, grid: tuple[int, ...], report: Report, shared: int) -> None:
-        self.kernel, self.grid, self.report, self.shared = kernel, grid, report, shared
-        self.tensors: dict[str, list[tuple[str, Tensor]]] = {}  # by region
+    kernel: str
+    grid: tuple[int, ...]
+    report: Report
+    shared: int
+    tensors: dict[str, list[tuple[str, Tensor]]]
 
 
 class Device:
@@ -60,7 +64,7 @@ class Device:
         self.launches: list[Launched] = []
         self.edit: Callable[[str], str] = lambda ptx: ptx
         self.ptx = ""  # of the last launch
-        self.programs: dict[str, Program] = {}
+        self.translators: dict[str, Translator] = {}
         self.blank: dict[int, Tensor] = {}  # results of `empty`, kept so that no memory is reused
         self.launcher_cls = self._launcher
         self.utils = self
@@ -98,30 +102,25 @@ class Device:
     ) -> None:  # fmt: skip
         """Run a kernel. An argument is its name, Triton's type and its value."""
         self.ptx = ptx = self.edit(ptx)
-        program = self._program(ptx)
-        report = Report(program.kernel)
+        if ptx not in self.translators:
+            self.translators[ptx] = Translator(parse(ptx))
+        translator = self.translators[ptx]
+        kernel = translator.kernel
+        report = Report(kernel)
         arena = Arena(report, [(n, v) for n, _, v in arguments if isinstance(v, Tensor)], self)
-        packed = bytearray(program.kernel.parameter_bytes)
+        packed = bytearray(kernel.parameter_bytes)
         # Parameters after the arguments are Triton's scratch memory, which stays null.
-        for parameter, (_, kind, value) in zip(program.kernel.parameters, arguments, strict=False):
+        for parameter, (_, kind, value) in zip(kernel.parameters, arguments, strict=False):
             raw = _packed(arena.address(value) if isinstance(value, Tensor) else value, kind)
             packed[parameter.offset : parameter.offset + parameter.size] = raw[: parameter.size]
-        Machine(program, arena.memory, bytes(packed), grid, shared, self.late).run()
+        Machine(translator, arena.memory, bytes(packed), grid, shared, self.late).run()
         arena.write_back()
-        launched = Launched(name, grid, report, shared)
-        launched.tensors = arena.tensors
-        self.launches.append(launched)
+        self.launches.append(Launched(name, grid, report, shared, arena.tensors))
         if report.faults and self.raises:
             shown = "".join(f"\n  {fault}" for fault in report.faults[:SHOWN])
             more = len(report.faults) - SHOWN
             shown += f"\n  and at {more} more instructions" if more > 0 else ""
             raise Violation(f"{name}, compiled for {self.arch}, on a grid of {grid}:{shown}")
-
-    def _program(self, ptx: str) -> Program:
-        if ptx not in self.programs:
-            kernel = parse(ptx)
-            self.programs[ptx] = Program(kernel, Translator(kernel))
-        return self.programs[ptx]
 
     def forget(self) -> None:
         """Drop the records of all launches so far."""

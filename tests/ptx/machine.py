@@ -5,15 +5,15 @@ in the program runs next, for all threads that have reached it. The machine runs
 the grid at once, with up to `AT_ONCE` threads in all.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_left
 
 import numpy as np
 
 from ptx import arithmetic, memory_access  # noqa: F401 - register their instructions
 from ptx.global_memory import GlobalMemory
 from ptx.lanes import Lanes
-from ptx.numerics import UNSIGNED, Array, i4, i8, u1, u4
-from ptx.parser import SIZES, Kernel, Unsupported
+from ptx.numerics import UNSIGNED, Array, i4, i8, u4
+from ptx.parser import SIZES, Unsupported
 from ptx.shared_memory import SharedMemory
 from ptx.tensor_cores import TensorCores
 from ptx.translator import Translator
@@ -24,12 +24,24 @@ STEPS = 2_000_000  # basic blocks that a batch may run before the kernel counts 
 CHECKED_BLOCKS = 8
 
 
-@dataclass(frozen=True)
-class Program:
-    """A parsed kernel and its translator."""
+class Parameters:
+    """The kernel's arguments, which threads read as a memory."""
 
-    kernel: Kernel
-    translator: Translator
+    def __init__(self, lanes: Lanes, data: bytes) -> None:
+        self.lanes, self.data = lanes, data
+
+    def load(
+        self, address: Array, size: int, vector: int, mask: Array | None, at: int
+    ) -> list[Array]:
+        lanes, width = self.lanes.of(mask), size * vector
+        out = np.zeros((vector, self.lanes.count), UNSIGNED[size])
+        where = address[lanes].astype(i8)
+        good = (where >= 0) & (where + width <= len(self.data)) & (where % width == 0)
+        self.lanes.check(~good, "out of bounds", at, lanes, where, width, "in the parameters")
+        for place in np.unique(where[good]):  # several only if threads index an array
+            words = np.frombuffer(self.data, UNSIGNED[size], vector, int(place))
+            out[:, lanes[where == place]] = words[:, None]
+        return list(out)
 
 
 class Machine:
@@ -37,27 +49,25 @@ class Machine:
 
     def __init__(
         self,
-        program: Program,
+        translator: Translator,
         memory: GlobalMemory,
         parameters: bytes,
         grid: tuple[int, int, int],
         shared: int = 0,
         late: bool = False,
     ) -> None:
-        self.kernel, self.translator = program.kernel, program.translator
-        self.memory, self.report, self.parameters = memory, memory.report, parameters
-        self.grid, self.threads, self.late = grid, program.kernel.threads, late
+        self.kernel, self.translator = translator.kernel, translator
+        self.global_memory, self.report, self.parameters = memory, memory.report, parameters
+        self.grid, self.threads, self.late = grid, self.kernel.threads, late
         self.shared_bytes = shared
+        self.starts = [start for start, _ in self.kernel.blocks]
         words = [4]
-        for i in program.kernel.instructions:
+        for i in self.kernel.instructions:
             if i.name in ("ld", "st") and "shared" in i.parts:
                 words.append(SIZES[i.type])
             elif i.name == "wgmma" and not {"tf32", "fence"} & set(i.parts):
                 words.append(2)
         self.grain = min(words)  # bytes of shared memory that the checks treat as one location
-        self.lanes: Lanes
-        self.shared: SharedMemory
-        self.tensor_cores: TensorCores
 
     def run(self) -> None:
         total = int(np.prod(self.grid))
@@ -65,22 +75,29 @@ class Machine:
         with np.errstate(all="ignore"):
             for first in range(0, total, at_once):
                 self._batch(first, min(at_once, total - first), total)
-        self.memory.finish()
+        self.global_memory.finish()
 
     def _batch(self, first: int, blocks: int, total: int) -> None:
         number = np.repeat(np.arange(first, first + blocks), self.threads).astype(u4)
         near_end = number >= total - CHECKED_BLOCKS // 2
         checked = (number < CHECKED_BLOCKS // 2) | near_end
         lanes = self.lanes = Lanes(self.report, first, blocks, self.threads, checked)
-        self.memory.lanes = lanes
+        self.global_memory.lanes = lanes
         gx, gy = u4(self.grid[0]), u4(self.grid[1])
-        self.block_index = [number % gx, number // gx % gy, number // gx // gy]
-        self.shared = SharedMemory(lanes, self.shared_bytes, self.grain)
-        self.tensor_cores = TensorCores(self.shared, self.late)
-        registers = [self._unset(width) for width in self.translator.widths]
+        self.special = {
+            "tid": [lanes.tid, u4(0), u4(0)],
+            "ntid": [u4(self.threads), u4(1), u4(1)],
+            "ctaid": [number % gx, number // gx % gy, number // gx // gy],
+            "nctaid": [u4(n) for n in self.grid],
+        }
+        self.param_memory = Parameters(lanes, self.parameters)
+        self.shared_memory = SharedMemory(lanes, self.shared_bytes, self.grain)
+        self.tensor_cores = TensorCores(self.shared_memory, self.late)
+        registers = [
+            lanes.unknown(width, 1)[0] if width else np.zeros(lanes.count, bool)
+            for width in self.translator.widths
+        ]
         end = len(self.kernel.blocks)
-        starts = {start: b for b, (start, _) in enumerate(self.kernel.blocks)}
-        starts[len(self.kernel.instructions)] = end
         at, waiting = np.zeros(lanes.count, i4), np.zeros(lanes.count, bool)
         for _ in range(STEPS):
             ready = (at < end) & ~waiting
@@ -92,13 +109,8 @@ class Machine:
             now = int(at[ready].min())
             mask = ready & (at == now)
             self._block(now, mask, registers)
-            self._jump(now, mask, at, waiting, registers, starts)
+            self._jump(now, mask, at, waiting, registers)
         raise RuntimeError(f"{self.kernel.name} did not end within {STEPS} basic blocks")
-
-    def _unset(self, width: int) -> Array:
-        if width == 0:
-            return np.zeros(self.lanes.count, bool)
-        return np.full(self.lanes.count * width, 0xCD, u1).view(UNSIGNED[width])
 
     def _block(self, now: int, mask: Array, registers: list[Array]) -> None:
         full = bool(mask.all())
@@ -109,9 +121,8 @@ class Machine:
             self.report.warps[at] += warps
 
     def _jump(
-        self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array],
-        starts: dict[int, int],
-    ) -> None:  # fmt: skip
+        self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array]
+    ) -> None:
         """Move the threads of `mask` from the end of a basic block to their next one."""
         last = self.kernel.instructions[self.kernel.blocks[now][1] - 1]
         at[mask] = now + 1
@@ -126,7 +137,7 @@ class Machine:
             p = registers[self.translator.index[last.predicate]]
             mask = mask & (~p if last.negated else p)
         if last.name == "bra":
-            at[mask] = starts[self.kernel.labels[str(last.args[0])]]
+            at[mask] = bisect_left(self.starts, self.kernel.labels[str(last.args[0])])
         else:
             at[mask] = len(self.kernel.blocks)
 
@@ -157,33 +168,6 @@ class Machine:
 
     def bits(self, x: Array) -> Array:
         return x.view(UNSIGNED[x.dtype.itemsize])
-
-    def parameter(
-        self, address: Array, offset: int, size: int, signed: bool, mask: Array | None
-    ) -> Array:
-        kind = np.dtype(f"{'i' if signed else 'u'}{size}")
-        lanes = self.lanes.of(mask)
-        out = np.zeros(self.lanes.count, kind)
-        where = address[lanes].astype(i8) + offset
-        for place in np.unique(where):  # several only if threads index an array
-            who = lanes[where == place]
-            if place < 0 or place + size > len(self.parameters) or place % size:
-                self.lanes.fault("out of bounds", None, who, where, size, "in the parameters")
-                continue
-            out[who] = np.frombuffer(self.parameters, kind, 1, int(place))[0]
-        return out
-
-    def tid(self, axis: int) -> Array:
-        return self.lanes.tid if axis == 0 else u4(0)
-
-    def ntid(self, axis: int) -> Array:
-        return u4(self.threads if axis == 0 else 1)
-
-    def ctaid(self, axis: int) -> Array:
-        return self.block_index[axis]
-
-    def nctaid(self, axis: int) -> Array:
-        return u4(self.grid[axis])
 
     def shuffle(
         self, mode: str, a: Array, b: Array, c: Array, mask: Array | None, at: int

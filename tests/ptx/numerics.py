@@ -26,12 +26,7 @@ def same_values(a: Array, b: Array) -> Array:
     same bits; numpy does not."""
     if a.dtype.itemsize < 4:
         return a == b
-    magnitude, infinity = (
-        (0x7FFF_FFFF, 0x7F80_0000)
-        if a.dtype.itemsize == 4
-        else (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000)
-    )
-    nan_a, nan_b = ((words & a.dtype.type(magnitude)) > infinity for words in (a, b))
+    nan_a, nan_b = (np.isnan(words.view(f"f{a.dtype.itemsize}")) for words in (a, b))
     return (a == b) | (nan_a & nan_b)
 
 
@@ -59,13 +54,9 @@ def to_odd(x: Array) -> Array:
     return np.where(r.astype(f8) == x, r.view(u4), r.view(u4) | u4(1)).view(f4)
 
 
-def fma32(a: Array, b: Array, c: Array) -> Array:
-    return (np.asarray(a, f8) * np.asarray(b, f8) + np.asarray(c, f8)).astype(f4)
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    long = np.longdouble
-    return (np.asarray(a, long) * np.asarray(b, long) + np.asarray(c, long)).astype(f8)
+def fma(a: Array, b: Array, c: Array) -> Array:
+    wide = f8 if c.dtype == f4 else np.longdouble
+    return (np.asarray(a, wide) * np.asarray(b, wide) + np.asarray(c, wide)).astype(c.dtype)
 
 
 def flushed(x: Array) -> Array:
@@ -74,7 +65,9 @@ def flushed(x: Array) -> Array:
 
 
 def divided(a: Array, b: Array) -> Array:
-    """Integer division, toward zero; a divisor of 0 counts as 1."""
+    """Division, toward zero for integers; an integer divisor of 0 counts as 1."""
+    if b.dtype.kind == "f":
+        return a / b
     b = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind != "i":
         return (a // b).astype(a.dtype)
@@ -86,20 +79,22 @@ def remainder(a: Array, b: Array) -> Array:
     return a - divided(a, b) * b
 
 
-def shifted_left(a: Array, by: Array, bits: int) -> Array:
+def shifted_left(a: Array, by: Array) -> Array:
+    bits = 8 * a.dtype.itemsize
     return np.where(by < bits, a << (by.astype(a.dtype) & a.dtype.type(bits - 1)), a.dtype.type(0))
 
 
-def shifted_right(a: Array, by: Array, bits: int) -> Array:
+def shifted_right(a: Array, by: Array) -> Array:
+    bits = 8 * a.dtype.itemsize
     r = a >> np.minimum(by, bits - 1).astype(a.dtype)
     return r if a.dtype.kind == "i" else np.where(by < bits, r, a.dtype.type(0))
 
 
-def field(a: Array, at: Array, length: Array, signed: bool) -> Array:
-    """bfe: `length` bits of 32, from bit `at`."""
+def field(a: Array, at: Array, length: Array) -> Array:
+    """bfe: `length` bits of 32, from bit `at`; a signed field of a signed number."""
     at, length = np.asarray(at, i8) & 255, np.asarray(length, i8) & 255
-    if signed:
-        wide, top = a.view(i4).astype(i8), np.minimum(at + length, 32)
+    if a.dtype.kind == "i":
+        wide, top = a.astype(i8), np.minimum(at + length, 32)
         return np.where(length == 0, 0, (wide << (64 - top)) >> (64 - top + at)).astype(i4).view(u4)
     return ((a.astype(i8) >> np.minimum(at, 63)) & ((i8(1) << length) - 1)).astype(u4)
 

@@ -1,7 +1,6 @@
 """Parses PTX text into kernels, instructions and basic blocks."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +17,7 @@ BARRIERS = ("bar.sync", "barrier.sync", "bar.cta.sync")
 _SHARED = re.compile(r"^\s*(\.extern\s+)?\.shared\s.*?([\w$]+)\[", re.MULTILINE)
 _KERNEL = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.DOTALL)
 # A brace of a scope, a label, or a statement, whose operands may have braces.
-_STATEMENT = re.compile(r"\s*(?:([{}])|([$\w%.]+:)(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
+_STATEMENT = re.compile(r"\s*(?:[{}]|[$\w%.]+:(?!:)|[^;{}]*(?:\{[^}]*\}[^;{}]*)*;)")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$.]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 
 
@@ -110,17 +109,13 @@ def parse(ptx: str) -> Kernel:
     if found is None:
         raise Unsupported("no kernel")
     name, head, attributes = found.groups()
-    end, depth = found.end(), 1
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
     parameters, size = _parameters(head)
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
     if threads is None:
         raise Unsupported(f"{name}: no number of threads")
     symbols = {symbol for _, symbol in shared}
     kernel = Kernel(name, parameters, size, int(threads[1]), symbols, [], {}, {})
-    _Body(kernel, files).read(text[found.end() : end - 1])
+    _Body(kernel, files).read(text[found.end() :])
     kernel.blocks = _blocks(kernel)
     return kernel
 
@@ -150,12 +145,6 @@ def _blocks(kernel: Kernel) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _statements(body: str) -> Iterator[str]:
-    """The statements of a kernel's body. Braces of scopes and labels count as statements."""
-    for brace, label, statement in _STATEMENT.findall(body):
-        yield brace or label or statement.strip()
-
-
 def _split(text: str) -> list[str]:
     """`text`, split at the commas outside of braces."""
     return [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
@@ -170,11 +159,15 @@ class _Body:
         self.line: tuple[str, int] | None = None
 
     def read(self, body: str) -> None:
-        for statement in _statements(body):
+        """Read the statements up to the brace that ends the body."""
+        for found in _STATEMENT.finditer(body):
+            statement = found[0].strip().removesuffix(";").rstrip()
             if statement == "{":
                 self.scopes.append({})
             elif statement == "}":
                 self.scopes.pop()
+                if not self.scopes:
+                    return
             elif statement.endswith(":"):
                 self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
             elif statement.startswith(".loc"):

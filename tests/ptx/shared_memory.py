@@ -5,28 +5,103 @@ one of them writes; `bar.warp.sync` orders the threads of one warp. An asynchron
 any time from its issue to its wait, and a product of a tensor core (`tensor_cores`) reads likewise.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
-from ptx.global_memory import UNKNOWN, GlobalMemory
+from ptx.global_memory import GlobalMemory
 from ptx.lanes import Lanes
 from ptx.numerics import UNSIGNED, Array, i4, i8, same_values, u1, u2, u4
 from ptx.parser import Unsupported
 from ptx.translator import SHARED_BASE
 
 NEVER = -1
+WRITTEN = "which thread {writer} wrote since the last barrier"
+ARRIVING = "where an asynchronous copy may still arrive"
 
 
-@dataclass
-class Copy:
-    """Asynchronous copies in flight, one per thread."""
+class Access:
+    """Valid accesses of `width` bytes at `offsets` into a memory's data, by the threads `who`.
 
-    lanes: Array
-    offsets: Array
-    size: int
-    data: Array
-    groups: Array  # number of groups that their threads had committed before
+    Other arrays have a last axis more, for the grains of an access.
+    """
+
+    def __init__(
+        self, memory: "SharedMemory", at: int, who: Array, offsets: Array, width: int
+    ) -> None:
+        self.memory, self.at, self.who, self.offsets = memory, at, who, offsets
+        self.width = width
+        self.data: Array | None = None  # that an asynchronous copy writes
+
+    def part(self, which: Array) -> "Access":
+        part = Access(self.memory, self.at, self.who[which], self.offsets[which], self.width)
+        part.data = None if self.data is None else self.data[which]
+        return part
+
+    @cached_property
+    def grains(self) -> Array:
+        grain = self.memory.grain
+        return (self.offsets // grain)[..., None] + np.arange(self.width // grain)
+
+    @cached_property
+    def tid(self) -> Array:
+        return self.memory.lanes.tid[self.who].astype(i4)[..., None]
+
+    @cached_property
+    def now(self) -> Array:
+        lanes = self.memory.lanes
+        return lanes.epoch[lanes.block[self.who]][..., None]
+
+    @cached_property
+    def warp_now(self) -> Array:
+        lanes = self.memory.lanes
+        return lanes.warp_epoch[lanes.warp[self.who]][..., None]
+
+    @property
+    def checked(self) -> Array:
+        return self.memory.lanes.checked[self.who]
+
+    def check(self, bad: Array, kind: str, what: str) -> None:
+        """Report the accesses with a bad grain. {writer}, {first} and {last} in `what` are the
+        threads that wrote and read the first such grain."""
+        if not bad.any():
+            return
+        m, grain = self.memory, self.grains[bad][0]
+        what = what.format(
+            writer=m.writer[grain], first=m.first_reader[grain], last=m.last_reader[grain]
+        )
+        where, what = self.offsets % m.pitch, f"in shared memory, {what}"
+        m.lanes.check(bad, kind, self.at, self.who, where, self.width, what)
+
+
+class Groups:
+    """Asynchronous accesses in flight, in the groups that their threads commit."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes, self.committed = lanes, np.zeros(lanes.count, i4)
+        # With the number of groups that each thread had committed before.
+        self.flying: list[tuple[Access, Array]] = []
+
+    def add(self, access: Access) -> None:
+        self.flying.append((access, self.committed[access.who.reshape(len(access.who))]))
+
+    def commit(self, mask: Array | None) -> None:
+        self.committed[self.lanes.of(mask)] += 1
+
+    def wait(self, pending: int, mask: Array | None) -> list[Access]:
+        """Remove and return all but the last `pending` groups of the threads' accesses."""
+        active = np.ones(self.lanes.count, bool) if mask is None else mask
+        finished, left = [], []
+        for access, groups in self.flying:
+            who = access.who.reshape(len(access.who))
+            done = active[who] & (groups < self.committed[who] - pending)
+            if done.any():
+                finished.append(access.part(done))
+            if not done.all():
+                left.append((access.part(~done), groups[~done]))
+        self.flying = left
+        return finished
 
 
 class SharedMemory:
@@ -46,152 +121,103 @@ class SharedMemory:
         # Whether an asynchronous copy to a grain, or a product that reads it, is in flight.
         self.arriving, self.in_product = np.zeros(grains, bool), np.zeros(grains, bool)
         self.fences = np.zeros(lanes.count, i4)  # fences between a thread's stores and tensor cores
-        self.copies: list[Copy] = []
-        self.committed = np.zeros(lanes.count, i4)
-
-    def grains(self, offsets: Array, width: int) -> Array:
-        return (offsets // self.grain)[:, None] + np.arange(width // self.grain)
-
-    def fault(self, kind: str, at: int, who: Array, off: Array, width: int, what: str) -> None:
-        self.lanes.fault(kind, at, who, off % self.pitch, width, f"in shared memory{what}")
+        self.copies = Groups(lanes)
 
     # Accesses
 
     def load(
         self, address: Array, size: int, vector: int, mask: Array | None, at: int
     ) -> list[Array]:
-        lanes = self.lanes.of(mask)
-        unknown = UNKNOWN & ((1 << 8 * size) - 1)
-        out = [np.full(self.lanes.count, unknown, UNSIGNED[size]) for _ in range(vector)]
-        self._count_banks(address, size * vector, lanes, at)
-        off, lanes = self._sound(address, size * vector, lanes, at)
-        for j, v in enumerate(self._read(off, size, vector, lanes, at)):
-            out[j][lanes] = v
+        out = self.lanes.unknown(size, vector)
+        access = self._sound(address, size * vector, self.lanes.of(mask), at)
+        self._read(access, out)
         return out
 
     def store(
         self, address: Array, size: int, values: list[Array], mask: Array | None, at: int
     ) -> None:
-        lanes, width = self.lanes.of(mask), size * len(values)
-        self._count_banks(address, width, lanes, at)
-        off, lanes = self._sound(address, width, lanes, at)
-        self._write(off, size, [v[lanes] for v in values], lanes, at)
+        self._write(self._sound(address, size * len(values), self.lanes.of(mask), at), values)
 
     def load_matrices(
         self, address: Array, n: int, transposed: bool, mask: Array | None, at: int
     ) -> list[Array]:
         """ldmatrix: n matrices of 8 x 8 16-bit words. A warp's threads hold the rows' addresses."""
-        self.lanes.whole(mask, at, "ldmatrix")
-        lanes = self.lanes.of(mask)
-        self._check_rows(address, n, lanes, at)
-        out = []
-        for words in self._matrix_words(address, n):
-            off, who = self._sound(words, 4, lanes, at)
-            value = np.full(self.lanes.count, UNKNOWN & 0xFFFFFFFF, u4)
-            value[who] = self._read(off, 4, 1, who, at)[0]
-            out.append(_transposed(value) if transposed else value)
-        return out
+        out = self.lanes.unknown(4, n)
+        for value, access in zip(out, self._matrices(address, n, mask, at), strict=True):
+            self._read(access, [value])
+        return [_transposed(value) for value in out] if transposed else out
 
     def store_matrices(
         self, address: Array, transposed: bool, values: list[Array], mask: Array | None, at: int
     ) -> None:
-        self.lanes.whole(mask, at, "stmatrix")
-        lanes = self.lanes.of(mask)
-        self._check_rows(address, len(values), lanes, at)
-        words = self._matrix_words(address, len(values))
-        for where, value in zip(words, values, strict=True):
-            off, who = self._sound(where, 4, lanes, at)
-            self._write(off, 4, [(_transposed(value) if transposed else value)[who]], who, at)
+        accesses = self._matrices(address, len(values), mask, at)
+        for value, access in zip(values, accesses, strict=True):
+            self._write(access, [_transposed(value) if transposed else value])
 
-    @staticmethod
-    def _matrix_words(address: Array, n: int) -> list[Array]:
-        """The address of each thread's word of each matrix."""
+    def _matrices(self, address: Array, n: int, mask: Array | None, at: int) -> Iterator[Access]:
+        """Each thread's word of each matrix. A warp's first 8 n threads hold rows' addresses."""
+        self.lanes.whole(mask, at, "ldmatrix or stmatrix")
+        lanes = self.lanes.of(mask)
+        first = lanes[self.lanes.laneid[lanes] < 8 * n]
+        where = address[first]
+        self.lanes.check(where % u4(16) != 0, "misaligned", at, first, where, 16, "as a matrix row")
+        self._count_banks(address, 16, first, at)
         rows = address.astype(i8).reshape(-1, 32)
         in_row = np.tile(np.arange(32) % 4 * 4, len(rows))
-        return [np.repeat(rows[:, 8 * j : 8 * j + 8], 4, axis=1).ravel() + in_row for j in range(n)]
+        for j in range(n):
+            words = np.repeat(rows[:, 8 * j : 8 * j + 8], 4, axis=1).ravel() + in_row
+            yield self._sound(words, 4, lanes, at)
 
-    def _check_rows(self, address: Array, n: int, lanes: Array, at: int) -> None:
-        first = lanes[self.lanes.laneid[lanes] < 8 * n]
-        misaligned = address[first] % u4(16) != 0
-        if misaligned.any():
-            who, where = first[misaligned], address[first][misaligned]
-            self.lanes.fault("misaligned", at, who, where, 16, "as a row of a matrix")
-        if at not in self.report.banks and len(first):
-            warp = first[self.lanes.warp[first] == self.lanes.warp[first[0]]]
-            waves = [_wavefronts(address[warp[8 * j : 8 * j + 8]], 16) for j in range(n)]
-            self.report.banks[at] = (sum(waves), n)
-
-    def _sound(self, address: Array, width: int, lanes: Array, at: int) -> tuple[Array, Array]:
-        """Offsets into `data` of the valid accesses, and their threads."""
+    def _sound(self, address: Array, width: int, lanes: Array, at: int) -> Access:
+        """The valid ones among the accesses of a request."""
+        self._count_banks(address, width, lanes, at)
         off = address[lanes].astype(i8) - SHARED_BASE
-        good = (off >= 0) & (off + width <= self.nbytes)
-        if not good.all():
-            what = f"past its {self.nbytes} bytes"
-            self.lanes.fault("shared out of bounds", at, lanes[~good], off[~good], width, what)
-        misaligned = off % width != 0
-        if misaligned.any():
-            self.fault("misaligned", at, lanes[misaligned], off[misaligned], width, "")
-        good &= ~misaligned
+        past, misaligned = (off < 0) | (off + width > self.nbytes), off % width != 0
+        what = f"past its {self.nbytes} bytes"
+        self.lanes.check(past, "shared out of bounds", at, lanes, off, width, what)
+        self.lanes.check(misaligned, "misaligned", at, lanes, off, width, "in shared memory")
+        good = ~(past | misaligned)
         off, lanes = off[good], lanes[good]
-        return off + self.lanes.block[lanes].astype(i8) * self.pitch, lanes
+        off = off + self.lanes.block[lanes].astype(i8) * self.pitch
+        return Access(self, at, lanes, off, width)
 
-    def _read(self, off: Array, size: int, vector: int, lanes: Array, at: int) -> list[Array]:
-        width = size * vector
-        checked = self.lanes.checked[lanes]
-        self._check_read(off[checked], width, lanes[checked], at)
-        blank = ~self.written[self.grains(off, width)].all(1)
-        if blank.any():
-            what = ", which is uninitialized"
-            self.fault("uninitialized", at, lanes[blank], off[blank], width, what)
+    def _read(self, access: Access, out: list[Array]) -> None:
+        self._check_read(access.part(access.checked))
+        access.check(~self.written[access.grains], "uninitialized", "which is uninitialized")
+        size = out[0].dtype.itemsize
         words = self.data.view(UNSIGNED[size])
-        return [words[off // size + j] for j in range(vector)]
+        for j, v in enumerate(out):
+            v[access.who] = words[access.offsets // size + j]
 
-    def _write(self, off: Array, size: int, values: list[Array], lanes: Array, at: int) -> None:
-        width = size * len(values)
-        words, new = self.data.view(UNSIGNED[size]), np.stack(values, 1)
-        places = (off // size)[:, None] + np.arange(len(values))
-        checked = self.lanes.checked[lanes]
-        some, who = off[checked], lanes[checked]
-        each = size // self.grain  # grains of a value
+    def _write(self, access: Access, values: list[Array]) -> None:
+        size = access.width // len(values)
+        words = self.data.view(UNSIGNED[size])
+        new = np.stack([v[access.who] for v in values], 1)
+        places = (access.offsets // size)[:, None] + np.arange(len(values))
+        checked = access.checked
+        some, each = access.part(checked), size // self.grain  # grains of a value
         same = np.repeat(same_values(words[places[checked]], new[checked]), each, axis=1)
-        self._check_write(some, width, who, at, same)
+        self._check_write(some, same)
         # Threads that write the same grain with this instruction.
-        lost = self.writer[self.grains(some, width)] != self.lanes.tid[who].astype(i4)[:, None]
+        lost = self.writer[some.grains] != some.tid
         words[places] = new
         differ = np.repeat(~same_values(words[places[checked]], new[checked]), each, axis=1)
-        bad = (lost & differ).any(1)
-        if bad.any():
-            self.fault("race", at, who[bad], some[bad], width, ", which two threads write at once")
-        self.written[self.grains(off, width)] = True
+        some.check(lost & differ, "race", "which two threads write at once")
+        self.written[access.grains] = True
 
     # Races
 
-    def _since_barrier(self, at: Array, tid: Array, lanes: Array) -> Array:
+    def _since_barrier(self, access: Access) -> Array:
         """Grains that another thread wrote since the last barrier."""
-        now = self.lanes.epoch[self.lanes.block[lanes]][:, None]
-        warp_now = self.lanes.warp_epoch[self.lanes.warp[lanes]][:, None]
-        writer = self.writer[at]
-        ordered = (writer // 32 == tid // 32) & (self.write_warp_epoch[at] < warp_now)
-        return (self.write_epoch[at] == now) & (writer != tid) & ~ordered
+        grains, tid = access.grains, access.tid
+        writer = self.writer[grains]
+        ordered = (writer // 32 == tid // 32) & (self.write_warp_epoch[grains] < access.warp_now)
+        return (self.write_epoch[grains] == access.now) & (writer != tid) & ~ordered
 
-    def _race_with_writer(
-        self, bad: Array, grains: Array, off: Array, width: int, lanes: Array, at: int
-    ) -> None:
-        who = bad.any(1)
-        if who.any():
-            writer = int(self.writer[grains][bad][0])
-            what = f", which thread {writer} wrote since the last barrier"
-            self.fault("race", at, lanes[who], off[who], width, what)
-
-    def _check_read(self, off: Array, width: int, lanes: Array, at: int) -> None:
-        grains, tid = self.grains(off, width), self.lanes.tid[lanes].astype(i4)[:, None]
-        bad = self._since_barrier(grains, tid, lanes)
-        self._race_with_writer(bad, grains, off, width, lanes, at)
-        in_flight = self.arriving[grains].any(1)
-        if in_flight.any():
-            what = ", where an asynchronous copy may still arrive"
-            self.fault("race", at, lanes[in_flight], off[in_flight], width, what)
-        now = self.lanes.epoch[self.lanes.block[lanes]][:, None]
+    def _check_read(self, access: Access) -> None:
+        grains, tid, now = access.grains, access.tid, access.now
+        access.check(self._since_barrier(access), "race", WRITTEN)
+        access.check(self.arriving[grains], "race", ARRIVING)
         valid = self.read_epoch[grains] == now
         low = np.where(valid, np.minimum(self.first_reader[grains], tid), tid)
         high = np.where(valid, np.maximum(self.last_reader[grains], tid), tid)
@@ -200,38 +226,26 @@ class SharedMemory:
         self.first_reader[grains[::-1]] = low[::-1]
         self.last_reader[grains] = high
         self.read_epoch[grains] = now
-        self.read_warp_epoch[grains] = self.lanes.warp_epoch[self.lanes.warp[lanes]][:, None]
+        self.read_warp_epoch[grains] = access.warp_now
 
-    def _check_write(
-        self, off: Array, width: int, lanes: Array, at: int, same_value: Array
-    ) -> None:
-        grains, tid = self.grains(off, width), self.lanes.tid[lanes].astype(i4)[:, None]
-        now = self.lanes.epoch[self.lanes.block[lanes]][:, None]
-        warp_now = self.lanes.warp_epoch[self.lanes.warp[lanes]][:, None]
+    def _check_write(self, access: Access, same_value: Array | bool) -> None:
+        grains, tid = access.grains, access.tid
         low, high = self.first_reader[grains], self.last_reader[grains]
-        read = (self.read_epoch[grains] == now) & ((low != tid) | (high != tid))
+        read = (self.read_epoch[grains] == access.now) & ((low != tid) | (high != tid))
         one_warp = (low // 32 == tid // 32) & (high // 32 == tid // 32)
-        read &= ~(one_warp & (self.read_warp_epoch[grains] < warp_now))
-        if read.any():
-            who, readers = read.any(1), (int(low[read][0]), int(high[read][0]))
-            what = ", which threads {} to {} read since the last barrier".format(*readers)
-            self.fault("race", at, lanes[who], off[who], width, what)
-        twice = self._since_barrier(grains, tid, lanes)
-        self._race_with_writer(twice & ~same_value, grains, off, width, lanes, at)
-        for busy, what in (
-            (self.arriving, ", where an asynchronous copy may still arrive"),
-            (self.in_product, ", which an asynchronous product may still read"),
-        ):
-            who = busy[grains].any(1)
-            if who.any():
-                self.fault("race", at, lanes[who], off[who], width, what)
-        self._note_writer(grains, lanes)
+        read &= ~(one_warp & (self.read_warp_epoch[grains] < access.warp_now))
+        access.check(read, "race", "which threads {first} to {last} read since the last barrier")
+        access.check(self._since_barrier(access) & ~same_value, "race", WRITTEN)
+        access.check(self.arriving[grains], "race", ARRIVING)
+        access.check(
+            self.in_product[grains], "race", "which an asynchronous product may still read"
+        )
+        self._note_writer(access)
 
-    def _note_writer(self, grains: Array, lanes: Array) -> None:
-        self.writer[grains] = self.lanes.tid[lanes].astype(i4)[:, None]
-        self.write_epoch[grains] = self.lanes.epoch[self.lanes.block[lanes]][:, None]
-        self.write_warp_epoch[grains] = self.lanes.warp_epoch[self.lanes.warp[lanes]][:, None]
-        self.write_fences[grains] = self.fences[lanes][:, None]
+    def _note_writer(self, access: Access) -> None:
+        self.writer[access.grains], self.write_epoch[access.grains] = access.tid, access.now
+        self.write_warp_epoch[access.grains] = access.warp_now
+        self.write_fences[access.grains] = self.fences[access.who][..., None]
 
     def proxy_fence(self, mask: Array | None) -> None:
         self.fences[self.lanes.of(mask)] += 1
@@ -249,40 +263,23 @@ class SharedMemory:
         reading[lanes] = taken[lanes] > 0
         if (taken[reading] != size).any():
             raise Unsupported("cp.async that reads part of its bytes")
-        self._count_banks(to, size, lanes, at)
         if reading.any():
             word = min(size, 8)
             for j, v in enumerate(memory.load(source, word, size // word, reading, at)):
                 data[reading, j * word : (j + 1) * word] = v[reading][:, None].view(u1)
-        off, lanes = self._sound(to, size, lanes, at)
-        checked = self.lanes.checked[lanes]
-        different = np.zeros((int(checked.sum()), size // self.grain), bool)
-        self._check_write(off[checked], size, lanes[checked], at, different)
-        self.arriving[self.grains(off, size)] = True
-        self.copies.append(Copy(lanes, off, size, data[lanes], self.committed[lanes].copy()))
-
-    def commit(self, mask: Array | None) -> None:
-        self.committed[self.lanes.of(mask)] += 1
+        access = self._sound(to, size, lanes, at)
+        self._check_write(access.part(access.checked), np.False_)
+        self.arriving[access.grains] = True
+        access.data = data[access.who]
+        self.copies.add(access)
 
     def wait(self, pending: int, mask: Array | None) -> None:
         """Complete all but the last `pending` groups of the threads' copies."""
-        active = np.ones(self.lanes.count, bool) if mask is None else mask
-        left = []
-        for copy in self.copies:
-            lanes, size = copy.lanes, copy.size
-            done = active[lanes] & (copy.groups < self.committed[lanes] - pending)
-            if done.any():
-                self.data[copy.offsets[done][:, None] + np.arange(size)] = copy.data[done]
-                grains = self.grains(copy.offsets[done], size)
-                self.arriving[grains] = False
-                self.written[grains] = True
-                self._note_writer(grains, lanes[done])
-            if not done.all():
-                rest = ~done
-                left.append(
-                    Copy(lanes[rest], copy.offsets[rest], size, copy.data[rest], copy.groups[rest])
-                )
-        self.copies = left
+        for access in self.copies.wait(pending, mask):
+            self.data[access.offsets[:, None] + np.arange(access.width)] = access.data
+            self.arriving[access.grains] = False
+            self.written[access.grains] = True
+            self._note_writer(access)
 
     # Bank conflicts
 

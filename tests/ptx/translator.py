@@ -6,8 +6,7 @@ threads that run (None for all). Each instruction has a function in `INSTRUCTION
 """
 
 import re
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,11 @@ def numpy_kind(kind: str) -> str:
 
 def is_float(kind: str) -> bool:
     return kind in ("f16", "f32", "f64")
+
+
+def natural(kind: str) -> str:
+    """`kind` for floats and predicates; unsigned integers for the others."""
+    return kind if kind == "pred" or is_float(kind) else bits_of(kind)
 
 
 def bits_of(kind: str) -> str:
@@ -83,7 +87,7 @@ class Translator:
                 if REFUSED & set(now.parts):
                     raise Unsupported(now.op)
                 INSTRUCTIONS[now.name](self, now)
-            except (Unsupported, KeyError, IndexError, AttributeError) as error:
+            except (Unsupported, KeyError, IndexError, AttributeError, TypeError) as error:
                 raise Unsupported(f"{' '.join(now.text.split())}: {error!r}") from error
         source = "def f(M, R, C, m):\n" + "".join(
             f"    {line}\n" for line in self.lines or ["pass"]
@@ -103,7 +107,6 @@ class Translator:
 
     def read(self, arg: Operand, kind: str) -> str:
         """An operand as PTX type `kind`."""
-        assert isinstance(arg, str), arg
         if arg in self.index:
             return self._register(arg, kind)
         if arg.startswith("%"):
@@ -129,18 +132,19 @@ class Translator:
         found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.([xyz])", name)
         if found is None:
             raise Unsupported(name)
-        return f"M.{found[1]}({'xyz'.index(found[2])})"
+        return f"M.special[{found[1]!r}][{'xyz'.index(found[2])}]"
 
-    def spread(self, args: list[Operand], kind: str) -> str:
-        """A list of operands as arrays; constants are spread over all threads."""
-        return "[" + ", ".join(f"M.spread({self.read(a, kind)})" for a in args) + "]"
+    def spread(self, arg: Operand, kind: str) -> str:
+        """An operand as an array, or a list of operands as a list of arrays."""
+        if isinstance(arg, list):
+            return "[" + ", ".join(self.spread(a, kind) for a in arg) + "]"
+        return f"M.spread({self.read(arg, kind)})"
 
-    def address(self, arg: Operand, space: str) -> str:
-        assert isinstance(arg, Address), arg
-        kind = "u64" if space == "global" else "u32"
-        if arg.base not in self.kernel.shared and arg.base not in self.index:
+    def address(self, arg: Address, space: str) -> str:
+        kind = "u32" if space == "shared" else "u64"
+        if arg.base not in self.kernel.shared | self.parameters.keys() | self.index.keys():
             raise Unsupported(f"address {arg}")
-        base = f"M.spread({self.read(arg.base, kind)})"
+        base = self.spread(arg.base, kind)
         if not arg.offset:
             return base
         offset = arg.offset & ((1 << 8 * SIZES[kind]) - 1)
@@ -158,24 +162,38 @@ class Translator:
         """Assign an expression, as wide as the register or narrower, to a register."""
         if arg == "_":
             return
-        assert isinstance(arg, str), arg
         i = self.index[arg]
         width = self.widths[i]
         value = f"M.fit({expression}, {f'u{width}' if width else 'bool'})"
         mask = self.mask()
         self.write(f"R[{i}] = {value if mask == 'None' else f'np.where({mask}, {value}, R[{i}])'}")
 
+    def put_all(self, args: list[Operand], expression: str, suffix: str = "") -> None:
+        """Assign a list of arrays to registers."""
+        self.write(f"v = {expression}")
+        for j, one in enumerate(args):
+            self.put(one, f"v[{j}]{suffix}")
+
+    def call(self, method: str, *args: object) -> str:
+        """A call of a method of the machine, which gets the mask and the instruction's index."""
+        return f"M.{method}({', '.join(map(str, (*args, self.mask(), self.at)))})"
+
+    def compute(self, i: Instruction, kinds: Sequence[str], template: str) -> None:
+        """Assign `template`, in which {0}, {1}, ... are the operands, read as types `kinds`."""
+        operands = [self.read(a, kind) for a, kind in zip(i.args[1:], kinds, strict=True)]
+        self.put(i.args[0], template.format(*operands))
+
 
 def _immediate(text: str, kind: str) -> Any:
     if kind == "pred":
         return np.bool_(int(text, 0) != 0)
     dtype = getattr(numerics, numpy_kind(kind))
-    if text[:2] in ("0f", "0F") and len(text) == 10:
-        single = struct.unpack(">f", bytes.fromhex(text[2:]))[0]
-        return dtype(single) if is_float(kind) else np.uint32(int(text[2:], 16))
-    if text[:2] in ("0d", "0D") and len(text) == 18:
-        bits = np.uint64(int(text[2:], 16))
-        return bits.view(np.float64) if is_float(kind) else bits
+    found = re.fullmatch("0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text)
+    if found:  # the bits of a float
+        bits = bytes.fromhex(found[1] or found[2])[::-1]
+        letter = "f" if is_float(kind) else "u"
+        number = np.frombuffer(bits, f"{letter}{len(bits)}")[0]
+        return dtype(number) if is_float(kind) else number
     number = int(text.rstrip("U"), 0)
     if is_float(kind):
         return dtype(number)
