@@ -88,12 +88,8 @@ def draw_comparison(saved: Runs, path: Path) -> None:
     memory.set_title("peak memory, MiB", fontsize=10)
     medians = [middle for _, _, (middle, _, _) in each]
     spread = [[m - low for _, _, (m, low, _) in each], [high - m for _, _, (m, _, high) in each]]
-    time.barh(names, medians, color=colours, xerr=spread, error_kw={"linewidth": 0.8})
-    for place, (_, _, (middle, _, high)) in enumerate(each):
-        time.annotate(
-            f"{middle:.2f}", (high, place), (4, 0), textcoords="offset points", va="center",
-            fontsize=9,
-        )  # fmt: skip
+    timed = time.barh(names, medians, color=colours, xerr=spread, error_kw={"linewidth": 0.8})
+    time.bar_label(timed, fmt="%.2f", padding=4, fontsize=9)
     time.set_title("time, relative to plain PyTorch", fontsize=10)
     for axes, largest in ((memory, max(peaks)), (time, max(high for *_, (_, _, high) in each))):
         axes.set_xlim(0, 1.12 * largest)

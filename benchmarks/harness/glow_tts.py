@@ -65,32 +65,22 @@ class Block(nn.Module):
     def convolutions(self) -> list[nn.Module]:
         return [self.start, *self.wn.inputs, *self.wn.outputs, self.end]
 
-    def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
         b, c, t = x.shape
         grouped = x.view(b, 2, c // 4, 2, t).transpose(2, 3).reshape(b, 4, c // 4, t)
-        y = F.conv2d(grouped, weight[:, :, None, None])
+        y = F.conv2d(grouped, self.weight[:, :, None, None])
         return y.view(b, 2, 2, c // 4, t).transpose(2, 3).reshape(b, c, t)
-
-    def stats(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        return self.end(self.wn(self.start(x) * mask, mask)).tensor_split(2, dim=1)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         length = mask.sum((1, 2))
         x = (self.bias + self.logs.exp() * x) * mask
         logdet = self.logs.sum() * length
-        x = self.mixed(x, self.weight) * mask
+        x = self.mixed(x) * mask
         logdet = logdet + self.weight.det().abs().log() * (x.shape[1] / 4) * length
         kept, changed = x.tensor_split(2, dim=1)
-        m, logs = self.stats(kept, mask)
+        m, logs = self.end(self.wn(self.start(kept) * mask, mask)).tensor_split(2, dim=1)
         changed = (m + logs.exp() * changed) * mask
         return torch.cat([kept, changed], 1), logdet + (logs * mask).sum((1, 2))
-
-    def inverse(self, z: Tensor, mask: Tensor) -> Tensor:
-        kept, changed = z.tensor_split(2, dim=1)
-        m, logs = self.stats(kept, mask)
-        x = torch.cat([kept, (changed - m) * (-logs).exp() * mask], 1)
-        x = self.mixed(x, self.weight.inverse()) * mask
-        return (x - self.bias) * (-self.logs).exp() * mask
 
 
 class Decoder(nn.Module):
@@ -109,12 +99,6 @@ class Decoder(nn.Module):
             x, logdet = block(x, mask)
             total = total + logdet
         return _unsqueezed(x), total
-
-    def inverse(self, z: Tensor, mask: Tensor) -> Tensor:
-        z, mask = _squeezed(z, mask)
-        for block in reversed(self.blocks):
-            z = block.inverse(z, mask)  # type: ignore[operator]
-        return _unsqueezed(z)
 
 
 def _squeezed(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

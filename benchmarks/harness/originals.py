@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,23 @@ from benchmarks.harness.session import Bench, Measured
 from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
-Build = Callable[[torch.device], tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+class Original(NamedTuple):
+    """A model of another library, and what to compare its variants with.
+
+    Attributes:
+        products: number of products behind one element of the gradient.
+        how: options of `assert_close` for the loss.
+    """
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    products: int
+    how: dict[str, Any]
+
+
+Build = Callable[[torch.device], Original]
 
 
 def loss_of(model: nn.Module, *inputs: Tensor) -> Tensor:
@@ -31,30 +47,20 @@ def train(model: nn.Module, *inputs: Tensor) -> None:
     loss_of(model, *inputs).backward()
 
 
-def assert_trains_alike(
-    model: nn.Module,
-    original: nn.Module,
-    inputs: Sequence[Tensor],
-    products: int,
-    name: str,
-    **how: Any,
-) -> None:
+def assert_trains_alike(model: nn.Module, original: Original, name: str) -> None:
     """Assert that the loss, and its gradient of the first input, equal those of the original in
-    float64.
-
-    Args:
-        products: number of products behind one element of the gradient.
-        how: options of `assert_close` for the loss.
-    """  # fmt: skip
-    x, wide = inputs[0].clone().requires_grad_(), inputs[0].double().requires_grad_()
-    loss = loss_of(model, x, *inputs[1:])
-    want = loss_of(copy.deepcopy(original).double(), wide, *(t.double() for t in inputs[1:]))
+    float64."""
+    first, *others = original.inputs
+    x, wide = first.clone().requires_grad_(), first.double().requires_grad_()
+    loss = loss_of(model, x, *others)
+    exact = copy.deepcopy(original.model).double()
+    want = loss_of(exact, wide, *(t.double() for t in others))
     loss.backward()
     want.backward()
-    assert_close(loss.detach(), want.detach(), name=f"{name}: loss", **how)
+    assert_close(loss.detach(), want.detach(), name=f"{name}: loss", **original.how)
     assert x.grad is not None
     assert wide.grad is not None
-    assert_gradient_close(x.grad, wide.grad, products, name)
+    assert_gradient_close(x.grad, wide.grad, original.products, name)
 
 
 def measure(
@@ -62,29 +68,26 @@ def measure(
     variants: Sequence[str],
     build: Build,
     variant_of: Callable[[nn.Module, str], nn.Module],
-    check: Callable[[nn.Module, nn.Module, tuple[Tensor, ...], str], None],
     about: Callable[[nn.Module, str], dict[str, Any]],
     *,
     workers: int,
 ) -> Measured:
-    """Measure time and peak memory of a training step, for every variant that passes its check.
+    """Measure time and peak memory of a training step, for every variant that agrees.
 
     Args:
-        build: returns the original on a device, and its inputs.
+        build: returns the original on a device.
         variant_of: makes a variant of the original.
-        check: called as check(model, original, inputs, variant). Raises AssertionError if the
-            results differ.
         about: returns what to save with a variant.
         workers: processes at once that measure peaks.
     """
     measured = Measured()
-    original, inputs = build(bench.device)
+    original = build(bench.device)
 
     def make(variant: str) -> Callable[[], Call]:
-        model = variant_of(original, variant)
-        check(model, original, inputs, variant)
+        model = variant_of(original.model, variant)
+        assert_trains_alike(model, original, variant)
         measured.extra[variant] = about(model, variant)
-        return lambda: partial(train, model, *inputs)
+        return lambda: partial(train, model, *original.inputs)
 
     made = measured.compare(bench, variants, make, ROUNDS)
     measured.add_peaks(bench, [*made], _step_of, build, variant_of, workers=workers)
@@ -97,6 +100,6 @@ def _step_of(
     variant: str,
     device: torch.device,
 ) -> tuple[nn.Module, Call]:
-    original, inputs = build(device)
-    model = variant_of(original, variant)
-    return model, partial(train, model, *inputs)
+    original = build(device)
+    model = variant_of(original.model, variant)
+    return model, partial(train, model, *original.inputs)

@@ -69,29 +69,29 @@ def reordered(net: nn.Module, order: Tensor, factor: Tensor) -> nn.Module:
     return net
 
 
-class WithContext(nn.Module):
-    """A network that accepts a context and ignores it."""
+class Adapted(nn.Module):
+    """A peer's module in the form of a step: functions of the module and of the inputs call it."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(
+        self,
+        inner: nn.Module,
+        forward: Callable[..., Any],
+        inverse: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.net = net
+        self.inner, self._forward, self._inverse = inner, forward, inverse
 
-    def forward(self, x: Tensor, context: object = None) -> Tensor:
-        return self.net(x)
+    def forward(self, *given: Any) -> Any:
+        return self._forward(self.inner, *given)
+
+    def inverse(self, *given: Any) -> Any:
+        assert self._inverse is not None
+        return self._inverse(self.inner, *given)
 
 
-class Backwards(nn.Module):
+def _backwards(flow: nn.Module) -> Adapted:
     """Reverse a normflows flow, whose forward maps latents to data."""
-
-    def __init__(self, flow: nn.Module) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow.inverse(x)
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow(z)
+    return Adapted(flow, lambda flow, x: flow.inverse(x), lambda flow, z: flow(z))
 
 
 def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
@@ -120,11 +120,11 @@ def _normflows(glow: Glow) -> Peer:
             actnorm.s.copy_(-s.actnorm.log_scale.view(1, -1, 1, 1))
             actnorm.t.copy_(-s.actnorm.bias.view(1, -1, 1, 1))
         actnorm.data_dep_init_done.fill_(1.0)
-        return Backwards(block)
+        return _backwards(block)
 
     def split(s: Split) -> nn.Module:
         net = _normflows_net(s.coupling.net, s.coupling.net[-1].out_channels)
-        return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
+        return _backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
     reference = _with_scale(glow, scale)
     return Peer(multiscale(glow, step, split), lambda: multiscale(reference).double())
@@ -155,7 +155,8 @@ def _nflows(glow: Glow) -> Peer:
         half = channels // 2
         swapped = reordered(net, torch.arange(2 * half).roll(half), torch.ones(2 * half))
         mask = [0] * half + [1] * half
-        return transforms.AffineCouplingTransform(mask, lambda *_: WithContext(swapped))
+        without_context = Adapted(swapped, lambda net, x, context=None: net(x))
+        return transforms.AffineCouplingTransform(mask, lambda *_: without_context)
 
     def step(s: FlowStep) -> nn.Module:
         channels = len(s.conv.sign)
@@ -185,31 +186,10 @@ def _nflows(glow: Glow) -> Peer:
     return Peer(made, lambda: _reference_of(made, _with_scale(glow, scale), reference_step))
 
 
-class Copied(nn.Module):
-    """A constant network that returns a copy, because FrEIA writes into the output."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).clone()
-
-
-class AllInOne(nn.Module):
-    """FrEIA's block on single tensors, where FrEIA has tuples of tensors."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        (z,), logdet = self.block((x,))
-        return z, logdet
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        (x,), logdet = self.block((z,), rev=True)
-        return x, logdet
+def _first_of(block: nn.Module, x: Tensor, **direction: bool) -> tuple[Tensor, Tensor]:
+    """Call FrEIA's block, which has tuples of tensors, on one tensor."""
+    (z,), logdet = block((x,), **direction)
+    return z, logdet
 
 
 def _freia(glow: Glow) -> Peer:
@@ -222,7 +202,8 @@ def _freia(glow: Glow) -> Peer:
         # 2 tanh(raw / 2).
         factor = torch.cat([torch.full((half,), 5.0), torch.full((half,), 10.0)])
         net = reordered(s.coupling.net, torch.arange(2 * half), factor)
-        net = Copied(net) if isinstance(net, Constant) else net
+        if isinstance(net, Constant):  # FrEIA writes into its output
+            net = Adapted(net, lambda net, x: net(x).clone())
         block = modules.AllInOneBlock(
             [(channels, 1, 1)], subnet_constructor=lambda *_: net, affine_clamping=2.0,
             global_affine_type="EXP",
@@ -236,13 +217,13 @@ def _freia(glow: Glow) -> Peer:
             block.w_perm_inv.copy_(rotation.t()[:, :, None, None])
             block.global_scale.copy_(log_scale)
             block.global_offset.copy_(bias * log_scale.exp())
-        return AllInOne(block)
+        return Adapted(block, _first_of, partial(_first_of, rev=True))
 
     made = multiscale(glow, step)
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
 
     def reference_step(s: FlowStep, block: nn.Module) -> OtherStep:
-        return OtherStep(s, block.block.w_perm[:, :, 0, 0], scale, coupling_first=True)
+        return OtherStep(s, block.inner.w_perm[:, :, 0, 0], scale, coupling_first=True)
 
     return Peer(made, lambda: _reference_of(made, glow, reference_step))
 
@@ -267,43 +248,22 @@ def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -
     return Peer(made)
 
 
-class Checkpointed(nn.Module):
+def _checkpointed(step: FlowStep) -> nn.Module:
     """A step whose activations torch recomputes in the backward pass."""
-
-    def __init__(self, step: FlowStep) -> None:
-        super().__init__()
-        self.step = Step(step)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return checkpoint(self.step, x, use_reentrant=False)
+    return Adapted(Step(step), lambda step, x: checkpoint(step, x, use_reentrant=False))
 
 
-class Carrying(nn.Module):
-    """A step from (x, logdet) to (z, logdet), the form that memcnn can invert."""
-
-    def __init__(self, step: FlowStep) -> None:
-        super().__init__()
-        self.step = Step(step)
-
-    def forward(self, x: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
-        z, change = self.step(x)
-        return z, logdet + change
-
-    def inverse(self, z: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
-        x, change = self.step.inverse(z)
-        return x, logdet + change
-
-
-class Inverted(nn.Module):
+def _inverted(step: FlowStep) -> nn.Module:
     """A step whose input memcnn rebuilds in the backward pass."""
 
-    def __init__(self, step: FlowStep) -> None:
-        super().__init__()
-        wrapper = _package("memcnn").InvertibleModuleWrapper
-        self.wrapped = wrapper(Carrying(step), keep_input=False)
+    def carry(call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, logdet: Tensor) -> Any:
+        x, change = call(x)
+        return x, logdet + change
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.wrapped(x, x.new_zeros(x.shape[0]))
+    # From (x, logdet) to (z, logdet), the form that memcnn can invert.
+    carrying = Adapted(Step(step), carry, lambda step, *given: carry(step.inverse, *given))
+    wrapped = _package("memcnn").InvertibleModuleWrapper(carrying, keep_input=False)
+    return Adapted(wrapped, lambda wrapped, x: wrapped(x, x.new_zeros(x.shape[0])))
 
 
 BUILDERS: dict[str, Callable[[Glow], Peer]] = {
@@ -315,8 +275,8 @@ BUILDERS: dict[str, Callable[[Glow], Peer]] = {
     "plain": _plain,
     "plain, channels_last": partial(_plain, channels_last=True),
     "plain, compiled": partial(_plain, compiled=True),
-    "checkpointing": lambda glow: Peer(multiscale(glow, Checkpointed)),
-    "memcnn": lambda glow: Peer(multiscale(glow, Inverted)),
+    "checkpointing": lambda glow: Peer(multiscale(glow, _checkpointed)),
+    "memcnn": lambda glow: Peer(multiscale(glow, _inverted)),
     "normflows": _normflows,
     "nflows": _nflows,
     "FrEIA": _freia,

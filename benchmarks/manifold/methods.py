@@ -17,6 +17,7 @@ from benchmarks.manifold import networks
 from benchmarks.manifold.networks import CHANNELS, COMPONENTS, DIM, MORE_CHANNELS, SHAPE
 from benchmarks.manifold.peers import (
     Autoencoder,
+    Model,
     VariationalAutoencoder,
     denoising_loss,
     free_form_loss,
@@ -48,8 +49,8 @@ VOLUME: dict[str, Any] = {"volume_samples": 8, "probes": 2, "iterations": 8}  # 
 def one_stage(flow: Bijection, dim: int, objective: ManifoldObjective) -> Method:
     """Train one manifold flow with an objective."""
     model = HierarchicalFlow([ManifoldFlow(flow, dim, objective=objective)])
-    phases = [_first_phase(model, 1.0, _objective(model))]
-    return Method(model, phases, density=True, ambient=objective is NORMAL)
+    phase = _chart_phase(model, 1.0, _objective(model))
+    return Method(model, [phase], density=True, ambient=objective is NORMAL)
 
 
 def hierarchy(
@@ -60,9 +61,7 @@ def hierarchy(
 ) -> Method:
     """Train a manifold flow with an objective, then a prior flow on its u."""
     model = _two_stages(objective, flow, prior)
-    first = _first_phase(model, CHART_SHARE, _objective(model))
-    phases = [first, _prior_phase(model, data)]
-    return Method(model, phases, density=True, ambient=objective is NORMAL)
+    return _in_turn(model, data, _objective(model), density=True, ambient=objective is NORMAL)
 
 
 def pie(data: Tensor, weight: float, generator: torch.Generator) -> Method:
@@ -72,19 +71,16 @@ def pie(data: Tensor, weight: float, generator: torch.Generator) -> Method:
 
 def two_phases(data: Tensor, weight: float, generator: torch.Generator) -> Method:
     model = _two_stages(ManifoldObjective())
-    chart = _first_phase(model, CHART_SHARE, lambda x, _: reconstruction_loss(model, x))
-    return Method(model, [chart, _prior_phase(model, data)], density=False)
+    return _in_turn(model, data, lambda x, _: reconstruction_loss(model, x), density=False)
 
 
 def denoising(
     data: Tensor, weight: float, generator: torch.Generator, deviation: float = DEVIATION
 ) -> Method:
     model = _two_stages(_gaussian(deviation))
-
-    def loss(x: Tensor, progress: float) -> Tensor:
-        return denoising_loss(model, x, weight, generator)
-
-    return _joint(model, data, loss, density=True)
+    return _joint(
+        model, data, lambda x, _: denoising_loss(model, x, weight, generator), density=True
+    )
 
 
 def rectangular(data: Tensor, weight: float, generator: torch.Generator) -> Method:
@@ -101,17 +97,13 @@ def rectangular(data: Tensor, weight: float, generator: torch.Generator) -> Meth
 
 def free_form(data: Tensor, weight: float, generator: torch.Generator) -> Method:
     model = Autoencoder(*networks.autoencoder(MORE_CHANNELS), SHAPE, DIM)
-
-    def loss(x: Tensor, progress: float) -> Tensor:
-        return free_form_loss(model, x, weight, generator=generator)
-
-    return _joint(model, data, loss, density=False)
+    loss = partial(free_form_loss, model, weight=weight, generator=generator)
+    return _joint(model, data, lambda x, _: loss(x), density=False)
 
 
 def autoencoder(data: Tensor, weight: float, generator: torch.Generator) -> Method:
     model = Autoencoder(*networks.autoencoder(CHANNELS), SHAPE, DIM, _prior())
-    chart = _chart_phase(model, lambda x, _: reconstruction_loss(model, x))
-    return Method(model, [chart, _prior_phase(model, data)], density=False)
+    return _in_turn(model, data, lambda x, _: reconstruction_loss(model, x), density=False)
 
 
 def variational(data: Tensor, weight: float, generator: torch.Generator) -> Method:
@@ -121,9 +113,8 @@ def variational(data: Tensor, weight: float, generator: torch.Generator) -> Meth
     def loss(x: Tensor, progress: float) -> Tensor:
         return model.loss(x, generator, likelihood=warm_up(progress, 0.0, 0.5))
 
-    chart = _chart_phase(model, loss)
-    prior = _prior_phase(model, data, code=lambda x: model.draw(x, generator)[0])
-    return Method(model, [chart, prior], density=True)
+    code = torch.no_grad()(lambda x: model.draw(x, generator)[0])
+    return _in_turn(model, data, loss, density=True, code=code)
 
 
 def components(data: Tensor, weight: float, generator: torch.Generator) -> Method:
@@ -149,8 +140,7 @@ def falling(data: Tensor, weight: float, generator: torch.Generator) -> Method:
         terms = model.terms(x, stage=0)
         return w * terms.penalty - terms.log_likelihood
 
-    phases = [_first_phase(model, CHART_SHARE, loss), _prior_phase(model, data)]
-    return Method(model, phases, density=True)
+    return _in_turn(model, data, loss, density=True)
 
 
 @dataclass(frozen=True)
@@ -289,46 +279,54 @@ def _objective(model: HierarchicalFlow) -> Loss:
     return lambda x, progress: model.terms(x, stage=0).loss
 
 
-def _first_phase(model: HierarchicalFlow, share: float, loss: Loss) -> Phase:
-    return Phase(share, model.stages[0], lambda x: model.initialize(x, stage=0), loss)
+def _prior_of(model: Model) -> ManifoldFlow | None:
+    prior = model.prior_flow if isinstance(model, Autoencoder) else model.stages[1]
+    assert prior is None or isinstance(prior, ManifoldFlow)
+    return prior
+
+
+def _chart_phase(model: Model, share: float, loss: Loss) -> Phase:
+    """Train the first flow, or encoder and decoder, alone."""
+    if isinstance(model, Autoencoder):
+        return Phase(share, nn.ModuleList([model.encoder, model.decoder]), lambda x: None, loss)
+    return Phase(share, model.stages[0], partial(model.initialize, stage=0), loss)
 
 
 def _prior_phase(
-    model: HierarchicalFlow | Autoencoder,
-    data: Tensor,
-    share: float = 1 - CHART_SHARE,
-    code: Callable[[Tensor], Tensor] | None = None,
+    model: Model, data: Tensor, share: float, code: Callable[[Tensor], Tensor] | None = None
 ) -> Phase:
-    """Train the prior alone, on codes of x (by default, `model.encode(x, stages=1)`)."""
+    """Train the prior alone, on codes of x (by default, `model.encode(x, stages=1)`).
+
+    Its mixture is fitted to all training data, and not to a batch.
+    """
     encode = torch.no_grad()(code or partial(model.encode, stages=1))
-    prior = model.prior_flow if isinstance(model, Autoencoder) else model.stages[1]
-    assert isinstance(prior, ManifoldFlow)
-    initialize = _initialize_prior(prior, data, encode)
-    return Phase(share, prior, initialize, lambda x, progress: prior_loss(model, encode(x)))
+    prior = _prior_of(model)
+    assert prior is not None
+    initialize = torch.no_grad()(lambda x: prior.initialize(encode(data)))
+    return Phase(share, prior, initialize, lambda x, _: prior_loss(model, encode(x)))
 
 
-def _initialize_prior(
-    prior: ManifoldFlow, data: Tensor, encode: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], None]:
-    """Return a function that fits the prior's mixture to all training data, and not to a batch."""
-    return torch.no_grad()(lambda x: prior.initialize(encode(data)))
-
-
-def _chart_phase(model: Autoencoder, loss: Loss) -> Phase:
-    """Train encoder and decoder alone."""
-    return Phase(CHART_SHARE, nn.ModuleList([model.encoder, model.decoder]), lambda x: None, loss)
-
-
-def _joint(
-    model: HierarchicalFlow | Autoencoder, data: Tensor, loss: Loss, density: bool
+def _in_turn(
+    model: Model,
+    data: Tensor,
+    loss: Loss,
+    density: bool,
+    ambient: bool = False,
+    code: Callable[[Tensor], Tensor] | None = None,
 ) -> Method:
-    """Train all parts at once."""
+    """Train the chart with a loss, then the prior."""
+    chart = _chart_phase(model, CHART_SHARE, loss)
+    prior = _prior_phase(model, data, 1 - CHART_SHARE, code)
+    return Method(model, [chart, prior], density, ambient)
+
+
+def _joint(model: Model, data: Tensor, loss: Loss, density: bool) -> Method:
+    """Train all parts at once, after the start of each part's own phase."""
+    chart = _chart_phase(model, 1.0, loss)
+    parts = [chart, _prior_phase(model, data, 1.0)] if _prior_of(model) else [chart]
 
     def initialize(x: Tensor) -> None:
-        if isinstance(model, HierarchicalFlow):
-            prior = model.stages[1]
-            assert isinstance(prior, ManifoldFlow)
-            model.initialize(x, stage=0)
-            _initialize_prior(prior, data, partial(model.encode, stages=1))(x)
+        for part in parts:
+            part.initialize(x)
 
     return Method(model, [Phase(1.0, model, initialize, loss)], density)

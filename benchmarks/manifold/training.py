@@ -33,7 +33,7 @@ class Phase:
 
     share: float
     trained: nn.Module
-    initialize: Callable[[Tensor], None]
+    initialize: Callable[[Tensor], object]
     loss: Loss
 
 

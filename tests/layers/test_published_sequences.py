@@ -67,7 +67,7 @@ def test_glow_tts_values() -> None:
     (z, logdet), (want, want_logdet) = chain(x, mask), published(x, mask)
     assert_close(z, want, terms=1000)
     assert_close(logdet, want_logdet, terms=1000)
-    assert_close(chain.inverse(want, mask)[0], published.inverse(want, mask), terms=1000)
+    assert_close(chain.inverse(want, mask)[0], x, terms=1000)
 
 
 @pytest.mark.parametrize("reversible", [False, True])
