@@ -62,12 +62,12 @@ class TestChanges:
         spy(
             monkeypatch, FlowTraining, "training_step", lambda _, batch, __: seen.append(len(batch))
         )
-        changes = ["--learning-rate", "1e-4", "--batch-size", "3", "--stage-max-steps", "4"]
-        assert main(["train", "--run-dir", str(folder), "--resume", *changes]) == 0
+        changes = "--learning-rate 1e-4 --schedule constant --batch-size 3 --stage-max-steps 4"
+        assert main(["train", "--run-dir", str(folder), "--resume", *changes.split()]) == 0
         assert seen == [3, 3, 3]
         assert stages(folder) == [0, 0, 0, 1, 1, 1, 1]
         assert rates(folder)[:4] == rates(trained)[:4]
-        assert max(rates(folder)[4:]) <= 1e-4
+        assert rates(folder)[4:] == pytest.approx([1e-4] * 3)
         message = capsys.readouterr().err
         for line in ("--learning-rate 0.002 -> 0.0001", "--batch-size 4 -> 3"):
             assert f"from step 4 on: {line}" in message

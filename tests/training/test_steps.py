@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from cases import HostReads
-from tiny_runs import checkpoint, metrics, spy, train_until, weights
+from tiny_runs import checkpoint, metrics, spy, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.config import TrainConfig
@@ -214,34 +214,6 @@ class TestStages:
         logged = [row["penalty_weight"] for row in rows(tmp_path / "run")]
         assert all(logged[:3])
         assert logged[3:] == [""] * 3
-
-    @pytest.mark.parametrize("release", [False, True])
-    def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
-        """With a warm-up of one step, the first step of a stage has its highest rate."""
-        seen = []
-
-        def note(optimizer, *_):
-            seen.append([group["lr"] for group in optimizer.param_groups[::2]])
-
-        spy(monkeypatch, torch.optim.AdamW, "step", note)
-        stages = "[{dim: 5, learning_rate: 0.003}, {dim: 4, learning_rate: 0.0005}]"
-        rates = ["--learning-rate", "0.02", "--stages", stages]
-        options = ["--warm-up", "1", *(["--release"] if release else [])]
-        assert main([*command, *options, *rates]) == 0
-        first_steps = seen[::3]
-        earlier = (0.003, 0.0005) if release else (0.0, 0.0)
-        assert first_steps == [
-            [0.02, 0.0, 0.0],
-            [earlier[0], 0.003, 0.0],
-            [earlier[1], earlier[1], 0.0005],
-        ]
-
-    def test_a_run_can_resume_with_a_constant_rate(self, command, tmp_path, monkeypatch):
-        train_until(4, [*command, "--save-steps", "1"], monkeypatch)
-        assert main([*command, "--resume", "--schedule", "constant"]) == 0
-        rates = [float(row["learning_rate"]) for row in rows(tmp_path / "run")]
-        assert rates[1] < rates[0] == pytest.approx(0.002)
-        assert rates[4:] == pytest.approx([0.0025, 0.0025])  # the highest of a further stage
 
     @pytest.mark.parametrize("release", [False, True])
     def test_earlier_stages_change_only_if_released(self, release, command, tmp_path, monkeypatch):
