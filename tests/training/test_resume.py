@@ -98,10 +98,14 @@ class TestChanges:
 
 
 class TestInitFrom:
+    @pytest.mark.parametrize("source", ["run", "export"])
     def test_training_starts_from_the_averaged_weights(
-        self, trained, command, tmp_path, monkeypatch
+        self, source, trained, command, tmp_path, monkeypatch
     ):
         """Actnorm's weights are copied too: an initialized stage is not initialized again."""
+        folder = trained if source == "run" else tmp_path / "export"
+        if source == "export":
+            assert main(["export", str(trained), "--out", str(folder)]) == 0
         first = []
 
         def note(training, *args):
@@ -110,7 +114,7 @@ class TestInitFrom:
                 first.append({name: value.clone() for name, value in state.items()})
 
         spy(monkeypatch, FlowTraining, "training_step", note)
-        options = ["--init-from", str(trained), "--seed", "1", "--weight", "variance"]
+        options = ["--init-from", str(folder), "--seed", "1", "--weight", "variance"]
         assert main([*command, *options]) == 0
         saved = weights(trained)
         for stage, state in enumerate(first):
