@@ -198,22 +198,17 @@ class TestStages:
         assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
 
     def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
-        """The weights are in the checkpoint and in the metrics."""
-        schedule = "[{dim: 4, weight: 1000, final_weight: 10, weight_steps: 2}]"
-        assert main([*command, "--error-bound", "1e-6", "--stages", schedule]) == 0
+        """Such weights are in the checkpoint and in the metrics. A constant one is not logged."""
+        stages = "[{dim: 4, weight: 1000, final_weight: 10, weight_steps: 2}, {dim: 3}]"
+        assert main([*command, "--error-bound", "1e-6", "--stages", stages]) == 0
         # The error stays above e times the bound, so that each step multiplies w by e^0.005.
         expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
-        logged = [float(row["penalty_weight"]) for row in rows(tmp_path / "run")]
-        assert logged == pytest.approx(expected, rel=1e-5)
-        objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
-        assert [o.trained_weight.item() for o in objectives] == [logged[2], logged[5]]
-
-    def test_a_constant_weight_is_not_logged(self, command, tmp_path):
-        """Lightning logs the last value of a metric again, here that of the stage before."""
-        assert main([*command, "--error-bound", "0.01", "--stage-weight", "7"]) == 0
         logged = [row["penalty_weight"] for row in rows(tmp_path / "run")]
-        assert all(logged[:3])
-        assert logged[3:] == [""] * 3
+        assert logged[6:] == [""] * 3  # Lightning would log the last value of a metric again
+        trained = [float(weight) for weight in logged[:6]]
+        assert trained == pytest.approx(expected, rel=1e-5)
+        objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages[:2]]
+        assert [o.trained_weight.item() for o in objectives] == [trained[2], trained[5]]
 
     @pytest.mark.parametrize("release", [False, True])
     def test_earlier_stages_change_only_if_released(self, release, command, tmp_path, monkeypatch):
