@@ -68,6 +68,11 @@ def metrics(folder, column=None):
         return [row for row in csv.DictReader(file) if column is None or row[column]]
 
 
+def logged(folder, name):
+    """Return the values of a metric in all steps of a run that trained."""
+    return [float(row[name]) for row in metrics(folder, "loss_bits_per_dim")]
+
+
 def spy(monkeypatch, owner, name, note):
     """Call `note` with the arguments of each call of `owner.name`, before the call."""
     original = getattr(owner, name)
@@ -83,25 +88,25 @@ class PowerCut(Exception):
     """An error that nothing in the package catches, like the death of the process."""
 
 
-def before_step(patch, step, act, hook="training_step"):
-    """Call `act()` before a hook of FlowTraining runs in this step, counted from 0."""
+def before_step(patch, step, act):
+    """Call `act()` before this step of a run, counted from 0."""
     from mflow_kernels.training.module import FlowTraining
 
     def note(training, *args, **kwargs):
         if training.global_step == step:
             act()
 
-    spy(patch, FlowTraining, hook, note)
+    spy(patch, FlowTraining, "training_step", note)
 
 
-def train_until(step, command, monkeypatch, hook="training_step"):
-    """Run a command that a power cut ends before a hook of FlowTraining runs in this step."""
+def train_until(step, command, monkeypatch):
+    """Run a command that a power cut ends before this step."""
 
     def cut():
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        before_step(patch, step, cut, hook)
+        before_step(patch, step, cut)
         with pytest.raises(PowerCut):
             main(command)
 

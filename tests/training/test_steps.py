@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from cases import HostReads
-from tiny_runs import checkpoint, metrics, spy, weights
+from tiny_runs import checkpoint, logged, metrics, spy, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.config import TrainConfig
@@ -94,7 +94,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monk
         all(torch.equal(a, b) for a, b in zip(saved[i], saved[i + 1], strict=True)) for i in (0, 1)
     ]
     assert same == [True, False]
-    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 1, 1]
+    assert logged(tmp_path / "run", "skipped") == [0, 1, 1, 1, 1, 1]
     assert rows(tmp_path / "run")[1]["gradient_norm"] in ("nan", "inf")
 
 
@@ -113,10 +113,10 @@ def gradients_of_steps(monkeypatch):
 def test_gradients_are_clipped(command, tmp_path, monkeypatch):
     kept = gradients_of_steps(monkeypatch)
     assert main([*command, "--clip-norm", "0.5"]) == 0
-    logged = [float(row["gradient_norm"]) for row in rows(tmp_path / "run")]
-    assert max(logged) > 1
-    norms = [float(torch.nn.utils.get_total_norm(gradients)) for gradients in kept]
-    assert norms == pytest.approx([min(0.5, norm) for norm in logged], rel=1e-4)
+    norms = logged(tmp_path / "run", "gradient_norm")
+    assert max(norms) > 1
+    clipped = [float(torch.nn.utils.get_total_norm(gradients)) for gradients in kept]
+    assert clipped == pytest.approx([min(0.5, norm) for norm in norms], rel=1e-4)
 
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
@@ -190,7 +190,7 @@ class TestStages:
 
     def test_each_has_its_own_budget_and_objective(self, command, tmp_path):
         assert main([*command, *self.OPTIONS]) == 0
-        stages = [float(row["stage"]) for row in rows(tmp_path / "run")]
+        stages = logged(tmp_path / "run", "stage")
         assert stages == [0, 0, 0, 1, 1, 2, 2, 2, 2]
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
         assert [o.domain for o in objectives] == ["data", "latent", "data"]
@@ -203,9 +203,9 @@ class TestStages:
         assert main([*command, "--error-bound", "1e-6", "--stages", stages]) == 0
         # The error stays above e times the bound, so that each step multiplies w by e^0.005.
         expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
-        logged = [row["penalty_weight"] for row in rows(tmp_path / "run")]
-        assert logged[6:] == [""] * 3  # Lightning would log the last value of a metric again
-        trained = [float(weight) for weight in logged[:6]]
+        cells = [row["penalty_weight"] for row in rows(tmp_path / "run")]
+        assert cells[6:] == [""] * 3  # Lightning would log the last value of a metric again
+        trained = [float(cell) for cell in cells[:6]]
         assert trained == pytest.approx(expected, rel=1e-5)
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages[:2]]
         assert [o.trained_weight.item() for o in objectives] == [trained[2], trained[5]]
