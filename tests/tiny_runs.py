@@ -4,6 +4,7 @@ A folder of tests imports the fixtures that it needs in its conftest.
 """
 
 import csv
+import itertools
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mflow_kernels import HierarchicalFlow
 from mflow_kernels.training.cli import main
 
 # Options of mflow train: two stages of three steps on ten images of 8x8.
@@ -84,6 +86,17 @@ def spy(monkeypatch, owner, name, note):
     monkeypatch.setattr(owner, name, noted)
 
 
+def change_losses(monkeypatch, change):
+    """Let a run train with the losses `change(step, losses)`."""
+    original, steps = HierarchicalFlow.terms_and_log_prob, itertools.count()
+
+    def terms_and_log_prob(*args, **options):
+        terms, log_likelihood = original(*args, **options)
+        return terms._replace(loss=change(next(steps), terms.loss)), log_likelihood
+
+    monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)
+
+
 class PowerCut(Exception):
     """An error that nothing in the package catches, like the death of the process."""
 
@@ -111,19 +124,30 @@ def train_until(step, command, monkeypatch):
             main(command)
 
 
+def run_as_child(command, prepare):
+    """Run `mflow` after `prepare()` in this forked process, which then ends."""
+    code = 1
+    try:
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+        prepare()
+        code = main(command)
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        os._exit(code)
+
+
 def start(command, prepare=lambda: None, log=os.devnull):
     """Run `mflow` in a forked process after `prepare()`, with output in `log`; return its id."""
+
+    def redirected():
+        for descriptor in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        prepare()
+
     child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            for descriptor in (1, 2):
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-            prepare()
-            code = main(command)
-        finally:
-            os._exit(code)
+        run_as_child(command, redirected)
     return child
 
 
