@@ -4,6 +4,7 @@ A folder of tests imports the fixtures that it needs in its conftest.
 """
 
 import csv
+import itertools
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mflow_kernels import HierarchicalFlow
 from mflow_kernels.training.cli import main
 
 # Options of mflow train: two stages of three steps on ten images of 8x8.
@@ -68,6 +70,11 @@ def metrics(folder, column=None):
         return [row for row in csv.DictReader(file) if column is None or row[column]]
 
 
+def logged(folder, name):
+    """Return the values of a metric in all steps of a run that trained."""
+    return [float(row[name]) for row in metrics(folder, "loss_bits_per_dim")]
+
+
 def spy(monkeypatch, owner, name, note):
     """Call `note` with the arguments of each call of `owner.name`, before the call."""
     original = getattr(owner, name)
@@ -79,46 +86,68 @@ def spy(monkeypatch, owner, name, note):
     monkeypatch.setattr(owner, name, noted)
 
 
+def change_losses(monkeypatch, change):
+    """Let a run train with the losses `change(step, losses)`."""
+    original, steps = HierarchicalFlow.terms_and_log_prob, itertools.count()
+
+    def terms_and_log_prob(*args, **options):
+        terms, log_likelihood = original(*args, **options)
+        return terms._replace(loss=change(next(steps), terms.loss)), log_likelihood
+
+    monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)
+
+
 class PowerCut(Exception):
     """An error that nothing in the package catches, like the death of the process."""
 
 
-def before_step(patch, step, act, hook="training_step"):
-    """Call `act()` before a hook of FlowTraining runs in this step, counted from 0."""
+def before_step(patch, step, act):
+    """Call `act()` before this step of a run, counted from 0."""
     from mflow_kernels.training.module import FlowTraining
 
     def note(training, *args, **kwargs):
         if training.global_step == step:
             act()
 
-    spy(patch, FlowTraining, hook, note)
+    spy(patch, FlowTraining, "training_step", note)
 
 
-def train_until(step, command, monkeypatch, hook="training_step"):
-    """Run a command that a power cut ends before a hook of FlowTraining runs in this step."""
+def train_until(step, command, monkeypatch):
+    """Run a command that a power cut ends before this step."""
 
     def cut():
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        before_step(patch, step, cut, hook)
+        before_step(patch, step, cut)
         with pytest.raises(PowerCut):
             main(command)
 
 
+def run_as_child(command, prepare):
+    """Run `mflow` after `prepare()` in this forked process, which then ends."""
+    code = 1
+    try:
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+        prepare()
+        code = main(command)
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        os._exit(code)
+
+
 def start(command, prepare=lambda: None, log=os.devnull):
     """Run `mflow` in a forked process after `prepare()`, with output in `log`; return its id."""
+
+    def redirected():
+        for descriptor in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        prepare()
+
     child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            for descriptor in (1, 2):
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-            prepare()
-            code = main(command)
-        finally:
-            os._exit(code)
+        run_as_child(command, redirected)
     return child
 
 

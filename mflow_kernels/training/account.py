@@ -162,10 +162,8 @@ class Account(TorchDispatchMode):
         return out
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return an operator's results. One in place has none to compute on meta tensors."""
+        """Return an operator's results."""
         rule = _rule(function)
-        if rule.in_place:
-            return args[0] if rule.returns else None
         # Some operators take 1 ms on meta tensors, so the form of their result is computed once.
         key = function, _form(args), _form([*kwargs.items()])
         if rule.is_new and (forms := self._forms.get(key)) is not None:
@@ -342,7 +340,6 @@ class _Rule(NamedTuple):
         own: the computation of one of the package's operators.
         is_view: its result has the memory of its argument.
         is_free: it reads and writes no memory.
-        in_place: it changes numbers of its first argument, and returns it if `returns`.
         is_new: its results have memory of their own.
     """
 
@@ -350,8 +347,6 @@ class _Rule(NamedTuple):
     own: Callable[..., Any] | None
     is_view: bool
     is_free: bool
-    in_place: bool
-    returns: bool
     is_new: bool
 
 
@@ -359,20 +354,13 @@ class _Rule(NamedTuple):
 def _rule(function: Any) -> _Rule:
     name, schema = function.overloadpacket.__name__, function._schema
     is_view = function.is_view or name in ("detach", "alias", "set_")
-    alias = schema.arguments[0].alias_info if schema.arguments else None
-    in_place = alias is not None and alias.is_write and function.namespace == "aten"
     return _Rule(
         name,
         COMPUTATIONS.get(schema.name),
         is_view,
         is_view or name.startswith(FREE),
-        in_place and name not in _RESHAPES and not is_view,
-        bool(schema.returns),
         name != "_unsafe_view" and not any(a.alias_info for a in schema.arguments),
     )
-
-
-_RESHAPES = ("resize_", "as_strided_", "t_", "transpose_", "squeeze_", "unsqueeze_", "detach_")
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> bool:

@@ -31,16 +31,6 @@ class _Launches(Account):
         kernel.warmup(*args, grid=grid, **options)
 
 
-class _Threads(ThreadPoolExecutor):
-    def __init__(self, count: int | None) -> None:
-        super().__init__(count)
-        self.futures: list[Future[Any]] = []
-
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.futures.append(super().submit(*args, **kwargs))
-        return self.futures[-1]
-
-
 def compile_kernels(config: RunConfig, card: torch.device, threads: int | None = None) -> int:
     """Compile the kernels of the training steps and validations of all stages.
 
@@ -58,17 +48,19 @@ def compile_kernels(config: RunConfig, card: torch.device, threads: int | None =
     """
     if not TRITON_INSTALLED:
         return 0
-    with _Threads(threads) as pool:
+    kernels: list[Future[Any]] = []
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            with triton.AsyncCompileMode(pool):
+            with triton.AsyncCompileMode(pool) as compiling:
+                kernels = compiling.raw_futures
                 _walk(config, card)
-                with progress_bar("compiling", len(pool.futures), unit="kernels") as show:
-                    for done, _ in enumerate(as_completed(pool.futures), start=1):
+                with progress_bar("compiling", len(kernels), unit="kernels") as show:
+                    for done, _ in enumerate(as_completed(kernels), start=1):
                         show(done)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             print(f"a kernel was not compiled before training: {reason}", file=sys.stderr)
-    return len(pool.futures)
+    return len(kernels)
 
 
 def _walk(config: RunConfig, card: torch.device) -> None:

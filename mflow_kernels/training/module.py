@@ -66,6 +66,7 @@ class FlowTraining(LightningModule):
 
     Attributes:
         logged: the metrics of the last logged step.
+        loss: of the last step, a scalar on the device.
     """
 
     def __init__(
@@ -94,17 +95,12 @@ class FlowTraining(LightningModule):
         self._unfrozen = -1  # the stage that `_freeze_others` was last called with
         self._graphs: StepGraphs | None = None
         self._last_logged = (0.0, 0)  # time and step
-        self._loss = torch.zeros(())
+        self.loss = torch.zeros(())
         self._measured: dict[str, Any] = {}  # metrics of the step that runs
         self.logged: dict[str, float] = {}
         self._checkpoint = checkpoint
         if checkpoint is not None:
             self.load_state_dict(checkpoint.tensors)
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss of the last step, a scalar on the device."""
-        return self._loss
 
     @property
     def stage(self) -> int:
@@ -238,7 +234,7 @@ class FlowTraining(LightningModule):
             if len(losses) < len(parts):
                 self._scaler.scale(losses[-1]).backward()
                 self._drifts += self._last_drifts()
-        self._loss = sum((loss.detach() for loss in losses[1:]), losses[0].detach())
+        self.loss = sum((loss.detach() for loss in losses[1:]), losses[0].detach())
         if self._is_logged:
             *terms, log_likelihood = (torch.cat(values) for values in zip(*found, strict=True))
             scale = 1 / (self._trained_dims(stage) * math.log(2.0))
@@ -291,7 +287,7 @@ class FlowTraining(LightningModule):
         nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, norm)
         drifts = self._drifts + self._last_drifts()
         drift = torch.stack(drifts).max() if drifts else None
-        fused.grad_scale, fused.found_inf = None, self.guard.judge(self._loss, norm, drift)
+        fused.grad_scale, fused.found_inf = None, self.guard.judge(self.loss, norm, drift)
         if self._is_logged:
             self._read_guard(norm, drift)
             self._measured["learning_rate"] = fused.param_groups[2 * self.stage]["lr"]

@@ -7,6 +7,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from rich.filesize import decimal
+
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import counted
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
@@ -24,13 +26,6 @@ from mflow_kernels.training.memory import (
 )
 
 ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its real time
-
-
-def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
-    """Return a stage's optimizer steps; None if they depend on an unknown number of images."""
-    if images is None:
-        return config.flows[stage].max_steps
-    return config.flows[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
 def _describe_flow(config: RunConfig) -> str:
@@ -59,15 +54,15 @@ def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
     rows = {label: value for label, value in step.peak.items() if value}
     rows["total"] = step.total
     width = max(map(len, rows)) + 2
-    lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
+    lines += [f"  {label:{width}}{decimal(value):>10}" for label, value in rows.items()]
     if parts:
         first = evaluation_memory(config, config.batch_size)
         first += step.peak[AVERAGE] + step.peak[OPTIMIZER]
         lines.append(
-            f"The first batch of a stage passes whole, without gradients: {readable(first)}"
+            f"The first batch of a stage passes whole, without gradients: {decimal(first)}"
         )
     batch = evaluation_batch_size(config.image_shape)
-    evaluated = readable(evaluation_memory(config, batch))
+    evaluated = decimal(evaluation_memory(config, batch))
     lines += [
         "",
         f"Evaluation, {counted(batch, 'image')} at a time: {evaluated}; "
@@ -95,14 +90,6 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * units[found[2].upper()])
 
 
-def readable(size: int) -> str:
-    """Format a number of bytes as a text such as "1.5 GB"."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.1f} kB"
-
-
 def describe_training(config: RunConfig, steps: Sequence[Step], images: int | None) -> str:
     """Return the part of `mflow plan` on parameters, steps, disk and hours.
 
@@ -112,7 +99,10 @@ def describe_training(config: RunConfig, steps: Sequence[Step], images: int | No
     head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]
     rows = [head]
     for step in steps:
-        count = optimizer_steps(config, step.stage, images)
+        flow = config.flows[step.stage]
+        count = flow.max_steps
+        if images is not None:
+            count = flow.optimizer_steps(images // min(config.batch_size, images))
         cells = [f"stage {step.stage + 1}", f"{step.parameters:,}"]
         cells.append("?" if count is None else f"{count:,}")
         for card in CARDS.values() if on_gpu else ():
@@ -134,11 +124,11 @@ def describe_training(config: RunConfig, steps: Sequence[Step], images: int | No
     checkpoint = checkpoint_bytes(steps)
     lines += [
         "",
-        f"Disk: two checkpoints of {readable(checkpoint)} each, and a third while one is written",
+        f"Disk: two checkpoints of {decimal(checkpoint)} each, and a third while one is written",
     ]
     if images is not None and config.data not in NAMED_DATASETS:
         size = images * config.channels * (config.image_size or 0) ** 2
-        lines.append(f"      {readable(size)} of prepared training images, without held-out ones")
+        lines.append(f"      {decimal(size)} of prepared training images, without held-out ones")
     return "\n".join(lines)
 
 
@@ -152,7 +142,7 @@ def describe_fit(
         other: the same with states stored in place of rebuilt, or rebuilt in place of stored, if
             they are known.
     """
-    batch, room = largest_batch(config, gpu_memory, steps), readable(gpu_memory)
+    batch, room = largest_batch(config, gpu_memory, steps), decimal(gpu_memory)
     fits = config.batch_size <= batch
     largest = f"{batch:,}" if batch else "none fits"
     lines = [f"{'Fits' if fits else 'Does not fit'} in {room}. Largest batch in {room}: {largest}"]
@@ -170,17 +160,17 @@ def describe_fit(
         moved = 1 - sum(k.moved for k in stored) / sum(k.moved for k in rebuilt)
         flops = 1 - sum(k.flops for k in stored) / sum(k.flops for k in rebuilt)
         lines.append(
-            f"--no-reversible fits too ({readable(needed)}). In a step of stage 1 it saves "
+            f"--no-reversible fits too ({decimal(needed)}). In a step of stage 1 it saves "
             f"{moved:.0%} of the bytes\nand {flops:.0%} of the operations; "
             f"by the H100's lower bounds, rebuilding takes {hours:.0%} more time."
         )
     elif config.reversible and fits:
-        lines.append(f"--no-reversible does not fit: it takes {readable(needed)}.")
+        lines.append(f"--no-reversible does not fit: it takes {decimal(needed)}.")
     elif not config.reversible and fits:
         lines.append(
             "mflow train stores states where they fit with some room. With --reversible it takes "
-            f"{readable(needed)}\nand, by the H100's lower bounds, {hours:.0%} more time."
+            f"{decimal(needed)}\nand, by the H100's lower bounds, {hours:.0%} more time."
         )
     elif not config.reversible and needed <= gpu_memory:
-        lines.append(f"--reversible fits: it takes {readable(needed)}.")
+        lines.append(f"--reversible fits: it takes {decimal(needed)}.")
     return "\n".join(lines)

@@ -26,17 +26,14 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(pets, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
-        run = tmp_path_factory.mktemp("runs") / "run"
-        command = ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(run)]
-        assert main(command) == 0
-        yield run
+    run = tmp_path_factory.mktemp("runs") / "run"
+    command = ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(run)]
+    assert main(command) == 0
+    return run
 
 
 @pytest.fixture
-def command(pets, tmp_path, monkeypatch):
-    monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "cache"))
+def command(pets, tmp_path):
     return ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(tmp_path / "run")]
 
 

@@ -11,7 +11,6 @@ import torch
 from cases import Calls
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
-from mflow_kernels.reversible import rerun
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs
 from mflow_kernels.training.graphs import StepGraphs
@@ -82,30 +81,6 @@ def test_a_stage_frees_the_memory_of_the_stage_before(fake_capture):
     loss.backward()
     step(1, (x,), losses_of(second), [second])
     assert all(p.grad is None for p in first.parameters())  # the gradients were in that memory
-
-
-def test_networks_that_draw_random_numbers_train_without_graphs(monkeypatch, capsys):
-    """A replay could not draw the same numbers again, so the capture refuses these networks."""
-    capturing = []
-    monkeypatch.setattr(rerun, "capturing", lambda device: bool(capturing))
-
-    def capture(forward, backward):
-        backward(forward())
-        capturing.append(True)
-        try:
-            forward()
-        finally:
-            capturing.clear()
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    model = small_flow()
-    for layer in model.flow.chain.layers:
-        layer.coupling.net.append(torch.nn.Dropout(0.5))
-    loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
-    loss.backward()
-    printed = capsys.readouterr().err
-    assert "without CUDA graphs: ReversibleChain: network 0 (CouplingNetwork) draws" in printed
-    assert all(p.grad is not None for p in model.parameters())
 
 
 # They read numbers from the device or send them to it, which a capture refuses.

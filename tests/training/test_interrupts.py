@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, before_step, checkpoint, exit_code, spy
+from tiny_runs import assert_same_run, before_step, checkpoint, exit_code, run_as_child, spy
 
 from mflow_kernels.evaluation import likelihood
 from mflow_kernels.training import checks, train
@@ -22,26 +22,21 @@ def in_a_terminal(command, owner, name, number):
 
     The child gets SIGINT, as from Ctrl-C, when the `number`-th call of `owner.name` begins.
     """
+    calls = itertools.count(1)
+
+    def note(*args, **kwargs):
+        if next(calls) == number:
+            os.killpg(0, signal.SIGINT)  # all processes of this terminal
+
+    def prepare():
+        # If a script started these tests in the background, SIGINT is ignored so far.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
+        spy(pytest.MonkeyPatch(), owner, name, note)
+
     child, terminal = pty.fork()
     if child == 0:
-        code = 1
-        try:
-            # If a script started these tests in the background, SIGINT is ignored so far.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
-            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-            calls = itertools.count(1)
-
-            def note(*args, **kwargs):
-                if next(calls) == number:
-                    os.killpg(0, signal.SIGINT)  # all processes of this terminal
-
-            spy(pytest.MonkeyPatch(), owner, name, note)
-            code = main(command)
-        except SystemExit as leaving:
-            code = leaving.code
-        finally:
-            os._exit(code)
+        run_as_child(command, prepare)
     shown = b""
     try:
         while part := os.read(terminal, 4096):

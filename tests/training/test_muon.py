@@ -6,23 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from mflow_kernels.training.muon import MuonAdamW, orthogonal
+from mflow_kernels.training.muon import MuonAdamW
 
 
-def test_singular_values_move_to_one():
-    for shape in ((6, 40), (40, 6), (1, 9)):
-        matrix = torch.randn(shape, dtype=torch.float64)
-        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-        found = u.mT @ orthogonal(matrix) @ v.mT
-        assert ((found.diagonal() > 0.5) & (found.diagonal() < 1.5)).all()
-        assert (found - found.diagonal().diag()).abs().max() < 1e-10
-        assert values.max() / values.min() > 1.5 or min(shape) == 1
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_updates_are_those_of_torch(decay):
+@pytest.mark.parametrize(
+    ("shape", "decay"), [((5, 12), 0.0), ((5, 12), 0.3), ((12, 5), 0.3), ((1, 9), 0.3)]
+)
+def test_updates_are_those_of_torch(shape, decay):
     """torch iterates in bfloat16, so an update may differ by 2^-8 of itself in each iteration."""
-    matrix, bias = (nn.Parameter(torch.randn(shape)) for shape in ((5, 12), (5,)))
+    matrix, bias = (nn.Parameter(torch.randn(size)) for size in (shape, (5,)))
     ours = [copy.deepcopy(p) for p in (matrix, bias)]
     references = (
         torch.optim.Muon([matrix], 0.1, decay, adjust_lr_fn="match_rms_adamw"),

@@ -16,7 +16,6 @@ from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model, read_config
 from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.presets import preset_options
-from mflow_kernels.training import memory
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.memory import (
@@ -26,7 +25,7 @@ from mflow_kernels.training.memory import (
     step_of,
     walk,
 )
-from mflow_kernels.training.plan import ROOFLINE_SHARE, describe_fit, optimizer_steps, parse_memory
+from mflow_kernels.training.plan import ROOFLINE_SHARE, describe_fit, parse_memory
 
 
 @pytest.mark.parametrize("reversible", [True, False])
@@ -74,33 +73,6 @@ class TestTrainingStep:
         assert sum(k.moved for k in step_of(self.CONFIG, 0).kernels) > 1.5 * fused
 
 
-def test_steps_are_those_of_training():
-    config = TrainConfig(batch_size=64, epochs=3, stages=[StageOptions(epochs=2)])
-    config = config.resolve((3, 64, 64))
-    assert optimizer_steps(config, 0, 1000) == 3 * 15  # the last 40 images of a pass are left out
-    assert optimizer_steps(config, 1, 1000) == 2 * 15
-    assert optimizer_steps(config, 0, 10) == 3
-    assert optimizer_steps(config, 0, None) is None
-    assert optimizer_steps(dataclasses.replace(config, max_steps=7), 0, None) == 7
-
-
-def test_the_images_of_named_data_sets_are_counted():
-    assert count_training_images("digits") == len(load_splits("digits").train) == 4500
-    assert count_training_images("no such file") is None
-
-
-def test_the_images_of_a_folder_are_counted(images, tmp_path, capsys):
-    """Of 12 files 2 are held out. A batch has 4 images, so a pass has 2 steps."""
-    celeba = write_images(tmp_path / "celeba" / "img_align_celeba", 5, (178, 218), channels=3)
-    parts = "".join(f"{number:03}.png {max(0, number - 2)}\n" for number in range(5))
-    (celeba.parent / "list_eval_partition.txt").write_text(parts)
-    archive = zip_up(images, tmp_path / "a.zip")
-    for data, count in ((images, 10), (archive, 10), (celeba.parent, 3)):
-        assert count_training_images(str(data)) == len(load_splits(str(data), 8).train) == count
-        assert main(["plan", *TINY, "--data", str(data), "--max-steps=null", "--epochs", "1"]) == 0
-        assert "?" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_has_the_predicted_size(optimizer, tmp_path):
     images, run = write_images(tmp_path / "images"), tmp_path / "run"
@@ -112,15 +84,6 @@ def test_a_checkpoint_has_the_predicted_size(optimizer, tmp_path):
     assert checkpoint_bytes(walk(config)) == pytest.approx(size, rel=0.05)
 
 
-def meta_only(original):
-    def build(*args, **kwargs):
-        model = original(*args, **kwargs)
-        assert all(p.is_meta for p in model.parameters())
-        return model
-
-    return build
-
-
 class TestCommand:
     def plan(self, capsys, *options) -> str:
         assert main(["plan", *options]) == 0
@@ -130,8 +93,8 @@ class TestCommand:
 
     def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(memory, "build", meta_only(memory.build))
-        monkeypatch.setattr(memory, "build_model", meta_only(build_model))
+        (step,) = walk(resolve_config(TrainConfig(stages=[]), 3, gpu=True))
+        assert all(tensor.is_meta for tensor in step.model.state_dict().values())
         options = "--image-size 256 --levels 6 --steps 4 --width 512 --batch-size 16"
         out = self.plan(capsys, *options.split(), "--gpu-memory", "80GB")
         assert "16 images of 3x256x256" in out
@@ -142,6 +105,7 @@ class TestCommand:
     def test_a_batch_that_does_not_fit_is_reported(self, capsys):
         out = self.plan(capsys, "--batch-size", "999999", "--gpu-memory", "8GB")
         assert "\nDoes not fit in 8.0 GB. Largest batch" in out
+        assert "States rebuilt" in out
         assert "Largest batch in 1.0 MB: none fits" in self.plan(capsys, "--gpu-memory", "1MB")
 
     def test_on_a_cpu_the_rows_add_up_and_there_are_no_hours(self, capsys):
@@ -184,20 +148,26 @@ class TestCommand:
         assert "give the number of training images, such as --images 162770" in unknown
         assert "prepared training images" not in unknown
 
-    def test_known_images(self, capsys):
-        out = self.plan(capsys, "--data", "digits", "--epochs", "2", "--batch-size", "100")
-        rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
-        assert [row[3] for row in rows[1:]] == ["90", "90"]
-        assert "prepared" not in out  # digits are held in memory
-
-    def test_a_prepared_file_says_its_size_and_images(self, capsys, tmp_path):
-        images, file = write_images(tmp_path / "images", count=20), tmp_path / "file.safetensors"
-        assert main(["prepare", str(images), "--out", str(file), "--image-size", "16"]) == 0
+    def test_images_and_steps_are_those_of_training(self, capsys, images, tmp_path):
+        """A tenth of the files is held out, at least two, and the last images of a pass that do not
+        fill a batch are left out."""
+        celeba = write_images(tmp_path / "celeba" / "img_align_celeba", 5, (178, 218), channels=3)
+        parts = "".join(f"{number:03}.png {max(0, number - 2)}\n" for number in range(5))
+        (celeba.parent / "list_eval_partition.txt").write_text(parts)
+        archive, prepared = zip_up(images, tmp_path / "a.zip"), tmp_path / "file.safetensors"
+        assert main(["prepare", str(images), "--out", str(prepared), "--image-size", "16"]) == 0
         capsys.readouterr()
-        out = self.plan(capsys, "--data", str(file), "--epochs", "5", "--batch-size", "6")
-        assert "6 images of 1x16x16" in out
-        rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
-        assert [row[3] for row in rows[1:]] == ["15", "15"]  # 18 of 20 are trained on
+        counts = {"digits": 4500, images: 10, archive: 10, celeba.parent: 3, prepared: 10}
+        for data, count in counts.items():
+            assert count_training_images(str(data)) == len(load_splits(str(data)).train) == count
+            options = ["--data", str(data), "--max-steps", "null", "--epochs", "5"]
+            out = self.plan(capsys, *TINY[2:], *options)
+            rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
+            assert [row[3] for row in rows[1:]] == [f"{5 * (count // min(4, count)):,}"] * 2
+            assert ("prepared" in out) == (data != "digits")  # which are held in memory
+        assert "4 images of 1x16x16" in out  # as the prepared file says
+        assert count_training_images("no such file") is None
+        assert "?" not in self.plan(capsys, *TINY)  # --max-steps needs no number of images
 
 
 class TestAdvice:
@@ -205,21 +175,22 @@ class TestAdvice:
         (3, 64, 64)
     )
 
-    def fit(self, config, memory) -> str:
-        return describe_fit(config, walk(config), memory)
-
-    def test_stored_training_is_advised_where_it_fits(self):
-        text = self.fit(self.CONFIG, parse_memory("80GB"))
-        assert "--no-reversible fits too" in text
-        assert "% of the operations" in text
-        assert "--no-reversible does not fit" in self.fit(self.CONFIG, parse_memory("2GB"))
-
-    def test_reversible_training_is_advised_where_stored_does_not_fit(self):
-        stored = dataclasses.replace(self.CONFIG, reversible=False)
-        text = self.fit(stored, parse_memory("2GB"))
-        assert text.startswith("Does not fit")
-        assert "--reversible fits" in text
-        assert "With --reversible it takes" in self.fit(stored, parse_memory("80GB"))
+    @pytest.mark.parametrize(
+        ("reversible", "memory", "begin", "advice"),
+        [
+            (True, "80GB", "Fits", "--no-reversible fits too"),
+            (True, "2GB", "Fits", "--no-reversible does not fit"),
+            (False, "2GB", "Does not fit", "--reversible fits"),
+            (False, "80GB", "Fits", "With --reversible it takes"),
+            (True, "500MB", "Does not fit", ""),
+        ],
+    )
+    def test_the_other_training_is_advised_where_it_helps(self, reversible, memory, begin, advice):
+        config = dataclasses.replace(self.CONFIG, reversible=reversible)
+        text = describe_fit(config, walk(config), parse_memory(memory))
+        assert text.startswith(begin)
+        assert advice in text
+        assert ("Nobody has trained" in text) == (begin == "Fits")  # with a larger batch
 
     @pytest.mark.parametrize(
         ("memory", "option", "processes", "stores"),
@@ -237,12 +208,3 @@ class TestAdvice:
         assert resolved.reversible is (option is not False)  # also on a CPU
         choose_states(resolved, options, parse_memory(memory), processes)
         assert resolved.reversible is not stores
-
-    def test_the_plan_is_of_the_training_that_a_card_would_run(self, capsys):
-        tiny = ["--image-size", "16", "--levels", "1", "--manifold-dim", "8", "--stages", "[]"]
-        for room, states in (("80GB", "States stored"), ("100MB", "States rebuilt")):
-            assert main(["plan", *tiny, "--gpu-memory", room]) == 0
-            assert states in capsys.readouterr().out
-
-    def test_no_word_on_a_batch_that_is_not_larger(self):
-        assert "Nobody" not in self.fit(self.CONFIG, parse_memory("500MB"))

@@ -28,33 +28,35 @@ def test_a_run_that_resumes_anywhere_follows_the_same_schedule(options):
             assert rest.progress(later) == whole.progress(later)
 
 
-def test_stages_that_have_ended_keep_their_steps():
-    before = Schedule(config(), IMAGES)
-    assert before.ends == [15, 30]
-    after = Schedule(config(epochs=5), IMAGES, before.progress(20))
-    assert after.ends == [15, 40]
-    assert [after.stage_of(step) for step in (14, 15, 39)] == [0, 1, 1]
+@pytest.mark.parametrize(
+    ("before", "taken", "after", "ends"),
+    [
+        ({}, 0, {}, [15, 30]),
+        ({}, 20, {"epochs": 5}, [15, 40]),  # the stage that has ended keeps its steps
+        ({}, 15, {"epochs": 4}, [20, 40]),  # the next one has not begun
+        ({}, 16, {"epochs": 4}, [15, 35]),
+        ({"max_steps": 3}, 6, {"max_steps": 5}, [3, 8]),  # a finished run
+        ({"max_steps": 3}, 6, {"max_steps": 3}, [3, 6]),
+        ({}, 9, {"max_steps": 4}, [9, 13]),  # a budget below the steps taken ends the stage
+        ({}, 9, {"epochs": 1}, [9, 14]),
+    ],
+)
+def test_changed_budgets_move_the_ends_that_are_left(before, taken, after, ends):
+    progress = Schedule(config(**before), IMAGES).progress(taken)
+    schedule = Schedule(config(**after), IMAGES, progress)
+    assert schedule.ends == ends
+    assert [schedule.stage_of(step) for step in (ends[0] - 1, *ends)] == [0, 1, 1]
 
 
-def test_a_stage_is_lengthened_until_the_next_one_has_begun():
-    before = Schedule(config(), IMAGES)
-    assert Schedule(config(epochs=4), IMAGES, before.progress(15)).ends == [20, 40]
-    assert Schedule(config(epochs=4), IMAGES, before.progress(16)).ends == [15, 35]
-
-
-def test_a_finished_run_is_lengthened():
-    before = Schedule(config(max_steps=3), IMAGES)
-    after = Schedule(config(max_steps=5), IMAGES, before.progress(6))
-    assert after.ends == [3, 8]
-    assert Schedule(config(max_steps=3), IMAGES, before.progress(6)).total_steps == 6
-
-
-def test_a_budget_below_the_steps_taken_ends_the_stage():
-    before = Schedule(config(), IMAGES)
-    after = Schedule(config(max_steps=4), IMAGES, before.progress(9))
-    assert after.ends == [9, 13]
-    assert after.stage_of(9) == 1
-    assert Schedule(config(epochs=1), IMAGES, before.progress(9)).ends == [9, 14]
+@pytest.mark.parametrize("release", [False, True])
+def test_each_stage_has_its_own_learning_rate(release):
+    """With a warm-up of one step, the first step of a stage has its highest rate."""
+    stages = [StageOptions(learning_rate=0.003), StageOptions(learning_rate=0.0005)]
+    options = config(learning_rate=0.02, warm_up=1, stages=stages, release=release)
+    schedule = Schedule(options, IMAGES)
+    rates = [[schedule.rate_of(stage)(step) for stage in range(3)] for step in schedule.begins]
+    one, two = (0.003, 0.0005) if release else (0.0, 0.0)
+    assert rates == [[0.02, 0.0, 0.0], [one, 0.003, 0.0], [two, two, 0.0005]]
 
 
 def test_passes_are_counted_if_the_batch_size_changes():
