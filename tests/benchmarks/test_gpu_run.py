@@ -55,7 +55,7 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
 
 def test_a_rehearsal_has_no_limits_for_its_parts(tmp_path: Path) -> None:
     """Limits would make it fail on a busy machine."""
-    bin = fake_python(tmp_path / "bin", "")
+    bin = fake_command(tmp_path / "bin", "")
     for arguments, limits in ((["--rehearse"], range(90_000, 100_001)), ([], range(20, 151))):
         done, log = run(tmp_path / "out", *arguments, path=bin, MFLOW_SECONDS="100000")
         shown = [int(t) for t in re.findall(r"\(at most (\d+) s\)", done.stdout)]
@@ -63,11 +63,11 @@ def test_a_rehearsal_has_no_limits_for_its_parts(tmp_path: Path) -> None:
         assert all(limit in limits for limit in shown)
 
 
-def fake_python(folder: Path, python: str) -> Path:
-    """Create a folder for PATH with a shell script named python3."""
-    folder.mkdir()
-    (folder / "python3").write_text(f"#!/bin/sh\n{python}\n")
-    (folder / "python3").chmod(0o755)
+def fake_command(folder: Path, python: str, name: str = "python3") -> Path:
+    """Create a folder for PATH with a shell script."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{python}\n")
+    (folder / name).chmod(0o755)
     return folder
 
 
@@ -75,7 +75,7 @@ def test_failed_parts_are_named_at_the_end_and_do_not_stop_others(tmp_path: Path
     python = 'case "$*" in *tests/ops*|*"--shard 1/"*) exit 3 ;; *models.py*) exit 4 ;; esac'
     (tmp_path / "out" / "parts").mkdir(parents=True)
     (tmp_path / "out" / "parts" / "old.json").write_text("of an earlier run")
-    done, _ = run(tmp_path / "out", path=fake_python(tmp_path / "bin", python))
+    done, _ = run(tmp_path / "out", path=fake_command(tmp_path / "bin", python))
     assert done.returncode == 1
     failed = done.stdout[done.stdout.index("failed, after") :].splitlines()[1:]
     assert failed == ["  tests (exit code 1)", "  check (exit code 1)", "  models (exit code 4)"]
@@ -85,9 +85,8 @@ def test_failed_parts_are_named_at_the_end_and_do_not_stop_others(tmp_path: Path
 
 def test_every_test_that_needs_a_gpu_runs_in_one_share_per_core(tmp_path: Path) -> None:
     python = 'echo "args: $*"; case "$*" in *"--shard 2/3"*) exit 5 ;; esac'
-    bin = fake_python(tmp_path / "bin", python)
-    (bin / "nproc").write_text('#!/bin/sh\n[ -z "$OMP_NUM_THREADS" ] && echo 3\n')
-    (bin / "nproc").chmod(0o755)
+    bin = fake_command(tmp_path / "bin", python)
+    fake_command(bin, '[ -z "$OMP_NUM_THREADS" ] && echo 3', "nproc")
     done, log = run(tmp_path / "out", path=bin)
     assert done.returncode == 0  # an empty share (exit code 5) is not a failure
     for i in (1, 2, 3):
@@ -107,7 +106,7 @@ def test_every_test_that_needs_a_gpu_runs_in_one_share_per_core(tmp_path: Path) 
 
 def test_tests_that_need_missing_packages_are_left_out(tmp_path: Path) -> None:
     python = 'case "$*" in *lightning*) exit 1 ;; esac; echo "args: $*"'
-    done, log = run(tmp_path / "out", path=fake_python(tmp_path / "bin", python))
+    done, log = run(tmp_path / "out", path=fake_command(tmp_path / "bin", python))
     assert done.returncode == 0
     assert "no packages of mflow_kernels[train]" in done.stdout
     assert re.search(r"^args: .* --ignore tests/models/test_plain_glow.py -p ", log, re.M)
@@ -115,7 +114,7 @@ def test_tests_that_need_missing_packages_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
-    done, _ = run(tmp_path / "out", path=fake_python(tmp_path / "bin", ""), MFLOW_SECONDS="31")
+    done, _ = run(tmp_path / "out", path=fake_command(tmp_path / "bin", ""), MFLOW_SECONDS="31")
     assert done.returncode == 1
     assert "  tests (no time left)" in done.stdout
 
