@@ -82,8 +82,9 @@ def _group(t: Translator, i: Instruction, unit: str, groups: str) -> None:
     t.write(f"M.{unit}.wait({int(i.args[0], 0)}, {t.mask()})")
 
 
-@instruction("fence")
+@instruction("fence", "membar")
 def _fence(t: Translator, i: Instruction) -> None:
+    """Memory accesses run in the order of the program, but for those of tensor cores."""
     if "proxy" in i.parts:
         t.write(f"M.shared_memory.proxy_fence({t.mask()})")
 
@@ -120,8 +121,3 @@ def _cp(t: Translator, i: Instruction) -> None:
     addresses = t.address(to, "shared"), t.address(source, "global")
     count = t.spread((taken or [size])[0], "u32")
     t.write(t.call("shared_memory.copy_async", "M.global_memory", *addresses, size, count))
-
-
-@instruction("membar")
-def _membar(t: Translator, i: Instruction) -> None:
-    """Nothing to do: the machine runs memory accesses in the order of the program."""

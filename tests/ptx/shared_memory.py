@@ -31,7 +31,7 @@ class Access:
         self, memory: "SharedMemory", at: int, who: Array, offsets: Array, width: int
     ) -> None:
         self.memory, self.at, self.who, self.offsets = memory, at, who, offsets
-        self.width = width
+        self.width, self.lanes = width, memory.lanes
         self.data: Array | None = None  # that an asynchronous copy writes
 
     def part(self, which: Array) -> "Access":
@@ -46,21 +46,19 @@ class Access:
 
     @cached_property
     def tid(self) -> Array:
-        return self.memory.lanes.tid[self.who].astype(i4)[..., None]
+        return self.lanes.tid[self.who].astype(i4)[..., None]
 
     @cached_property
     def now(self) -> Array:
-        lanes = self.memory.lanes
-        return lanes.epoch[lanes.block[self.who]][..., None]
+        return self.lanes.epoch[self.lanes.block[self.who]][..., None]
 
     @cached_property
     def warp_now(self) -> Array:
-        lanes = self.memory.lanes
-        return lanes.warp_epoch[lanes.warp[self.who]][..., None]
+        return self.lanes.warp_epoch[self.lanes.warp[self.who]][..., None]
 
     @property
     def checked(self) -> Array:
-        return self.memory.lanes.checked[self.who]
+        return self.lanes.checked[self.who]
 
     def check(self, bad: Array, kind: str, what: str) -> None:
         """Report the accesses with a bad grain. {writer}, {first} and {last} in `what` are the
@@ -72,7 +70,7 @@ class Access:
             writer=m.writer[grain], first=m.first_reader[grain], last=m.last_reader[grain]
         )
         where, what = self.offsets % m.pitch, f"in shared memory, {what}"
-        m.lanes.check(bad, kind, self.at, self.who, where, self.width, what)
+        self.lanes.check(bad, kind, self.at, self.who, where, self.width, what)
 
 
 class Groups:
