@@ -3,7 +3,6 @@ presets | export`."""
 
 import importlib.util
 import inspect
-import os
 import re
 import signal
 import sys
@@ -44,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:  # answered although packages are missing
         print(f"mflow_kernels {__version__}")
         return 0
-    # By default torch's threads spin while they wait, which takes cores from other processes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
