@@ -43,7 +43,8 @@ def coupling_net(
         last: nn.Module = nn.Linear(width, out_channels)
     else:
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
-        layers = [conv(in_channels, width, 3, padding=1), conv(width, width, 1)]
+        pointwise = conv(width, width, 1)  # drawn first, so that seeds keep their weights
+        layers = [conv(in_channels, width, 3, padding=1), pointwise]
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
