@@ -53,7 +53,7 @@ struct Conv1x1Loop {
         grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, h.shift));
         const A sign = c.inverse ? A(-1) : A(1);
         log_scales<false, A>(c.scale, size, h.raw, h.log_s, h.slope);
-        scale_values<A>(c, size, h.x, h.log_s, h.shift, h.y);
+        scale_half<A>(c, size, h.x, h.log_s, h.shift, h.y);
         grid.move(t, second, grid.dense(t, second, h.y), grid.in_panel(b.z, grid.first));
         if (!grid.vectors) {
             sums[index] = sign * sum(size, h.log_s);
@@ -149,7 +149,7 @@ struct Conv1x1BackwardLoop {
             std::fill_n(h.dlogdet, size, c.dlogdet.at<A>(t.sample));
         }
         log_scales<true, A>(c.scale, size, h.raw, h.log_s, h.slope);
-        unscale_values<true, A>(c, size, h.x, h.log_s, h.slope, h.shift, h.dy, h.dlogdet, h.y, h.dx, h.draw,
+        unscale_half<true, A>(c, size, h.x, h.log_s, h.slope, h.shift, h.dy, h.dlogdet, h.y, h.dx, h.draw,
                               h.dshift);
         grid.move(t, second, dense(h.y), grid.in_panel(b.z, first));
         grid.move(t, second, dense(h.dx), grid.in_memory(p.dstate, t, first));

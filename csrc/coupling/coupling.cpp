@@ -19,7 +19,7 @@ MFLOW_INLINE void forward_tile(const Coupling& p, const HalfGrid& g, int64_t ind
     const A* shift = read<A>(g, t, p.shift, b.shift);
     A* y = room<A>(g, t, p.y, b.y);
     log_scales<false, A>(p.scale, t.size(), raw, b.log_s, b.slope);
-    scale_values<A>(p, t.size(), x, b.log_s, shift, y);
+    scale_half<A>(p, t.size(), x, b.log_s, shift, y);
     copy_identity<A>(p, g, t);
     write<A>(g, t, p.y, y);
     store_sums<A>(g, t, index, p.inverse ? A(-1) : A(1), b.log_s, sums);
@@ -40,7 +40,7 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const HalfGrid& g, int64_t in
     A* dshift = room<A>(g, t, p.dshift, b.dshift);
     log_scales<true, A>(p.scale, t.size(), raw, b.log_s, b.slope);
     const auto run = [&](auto x_given) __attribute__((always_inline)) {
-        unscale_values<x_given.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
+        unscale_half<x_given.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
                                     draw, dshift);
     };
     p.rebuilds() ? run(std::false_type{}) : run(std::true_type{});

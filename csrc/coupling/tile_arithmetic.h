@@ -50,44 +50,63 @@ MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, 
     if (!known) throw std::invalid_argument("unknown scale function");
 }
 
-// A coupling is y = s (x + before) + after, where one of both is the shift. An inverse coupling has `sign` -1,
-// which negates log s and the shift.
-template <class A>
-struct Order {
-    bool shift_first;
-    A sign;
-    explicit Order(const Coupling& p)
-        : shift_first(p.scale.shift_first != p.inverse), sign(p.inverse ? A(-1) : A(1)) {}
-    MFLOW_INLINE A before(A shift) const { return shift_first ? sign * shift : A(0); }
-    MFLOW_INLINE A after(A shift) const { return shift_first ? A(0) : sign * shift; }
-};
-
-template <class A>
-MFLOW_INLINE void scale_values(const Coupling& p, int count, const A* x, const A* log_s, const A* shift, A* y) {
-    const Order<A> order(p);
+// y = s (x + t) if ADD_FIRST, otherwise y = s x + t. An inverse coupling has `sign` -1, which negates
+// log s and t.
+template <bool ADD_FIRST, class A>
+MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        y[i] = exp_of(order.sign * log_s[i]) * (x[i] + order.before(shift[i])) + order.after(shift[i]);
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        y[i] = ADD_FIRST ? s * (x[i] + t) : s * x[i] + t;
     }
 }
 
 // The gradients dx, draw and dshift from dy and dlogdet. If X_GIVEN, `given` is x and `other` becomes y;
 // otherwise `given` is y and `other` becomes x. u is the value that the scale multiplies.
-template <bool X_GIVEN, class A>
-MFLOW_INLINE void unscale_values(const Coupling& p, int count, const A* given, const A* log_s, const A* slope,
+template <bool ADD_FIRST, bool X_GIVEN, class A>
+MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
                                  const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
                                  A* dshift) {
-    const Order<A> order(p);
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        const A s = exp_of(order.sign * log_s[i]);
-        const A before = order.before(shift[i]), after = order.after(shift[i]);
-        const A u = X_GIVEN ? given[i] + before : (given[i] - after) / s;
-        other[i] = X_GIVEN ? s * u + after : u - before;
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        A u;
+        if (X_GIVEN) {
+            u = ADD_FIRST ? given[i] + t : given[i];
+            other[i] = ADD_FIRST ? s * u : s * u + t;
+        } else {
+            u = ADD_FIRST ? given[i] / s : (given[i] - t) / s;
+            other[i] = ADD_FIRST ? u - t : u;
+        }
         const A g = s * dy[i];
         dx[i] = g;
-        dshift[i] = order.sign * (order.shift_first ? g : dy[i]);
-        draw[i] = order.sign * slope[i] * (g * u + dlogdet[i]);
+        dshift[i] = sign * (ADD_FIRST ? g : dy[i]);
+        draw[i] = sign * slope[i] * (g * u + dlogdet[i]);
+    }
+}
+
+// `scale_values` and `unscale_values`, in the order in which this coupling scales and shifts.
+template <class A>
+MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* log_s, const A* shift,
+                             A* y) {
+    const A sign = p.inverse ? A(-1) : A(1);
+    if (p.scale.shift_first != p.inverse) {
+        scale_values<true, A>(count, sign, x, log_s, shift, y);
+    } else {
+        scale_values<false, A>(count, sign, x, log_s, shift, y);
+    }
+}
+template <bool X_GIVEN, class A>
+MFLOW_INLINE void unscale_half(const Coupling& p, int count, const A* given, const A* log_s,
+                               const A* slope, const A* shift, const A* dy, const A* dlogdet, A* other,
+                               A* dx, A* draw, A* dshift) {
+    const A sign = p.inverse ? A(-1) : A(1);
+    if (p.scale.shift_first != p.inverse) {
+        unscale_values<true, X_GIVEN, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+                                      draw, dshift);
+    } else {
+        unscale_values<false, X_GIVEN, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+                                       draw, dshift);
     }
 }
 
