@@ -142,7 +142,7 @@ class Bench:
         return self.chosen_rounds or (2 if self.size == "tiny" else default)
 
     def record(self, benchmark: BenchmarkFixture, group: "Group", variant: str) -> None:
-        """Pass one variant of a group to pytest-benchmark. The first one measures all of them."""
+        """Report a variant to pytest-benchmark. The first call of a group measures all variants."""
         benchmark.group = group.name
         if self.last is None or self.last[0] is not group:
             self.last = None

@@ -1,4 +1,4 @@
-// What couplings and splines on the CPU have in common: both change one half of a state, tile by tile, and
+// The loops that couplings and splines share on a CPU. Both change one half of a state, tile by tile, and
 // sum log |dy/dx| over each sample.
 #pragma once
 

@@ -112,7 +112,7 @@ def lock_journal(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 def write_at(file: BinaryIO, data: bytes, place: int) -> None:
     """Write bytes at an offset of an unbuffered file; OSError if the disk is full."""
-    if os.pwrite(file.fileno(), data, place) != len(data):  # a full disk may take a part of them
+    if os.pwrite(file.fileno(), data, place) != len(data):  # a full disk writes only a part
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -50,8 +50,8 @@ def versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
 
 
 class Watched:
-    """What tensors of a module say, such as a mask. They are read again after one has changed, as a
-    checkpoint changes it.
+    """A value that is read from tensors of a module, such as the order in a mask. It is read again
+    after a tensor has changed, for example by loading a checkpoint.
 
     Args:
         names: the tensors' names in the module.

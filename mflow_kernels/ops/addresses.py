@@ -35,7 +35,7 @@ KernelState = tuple[Any, ...]
 def _described(
     shape: torch.Size, stride: tuple[int, ...], first: int
 ) -> tuple[int, int | None, int | None, _Unit]:
-    """What `strided` returns beside the tensor.
+    """The strides and the unit that `strided` returns after the tensor.
 
     Args:
         first: the address of the first element, in elements.

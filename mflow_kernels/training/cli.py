@@ -29,7 +29,7 @@ _COMMANDS: dict[str, Callable[..., Work]] = {
     command.__name__: command
     for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export)
 }
-# What stands for the value of an argument in the help, where that is not its name.
+# Placeholders that the help shows for values; for other arguments it shows the argument's name.
 _METAVARS = {"preset": "NAME", "gpu_memory": "SIZE", "class_name": "NAME"}
 
 

@@ -54,7 +54,7 @@ def assert_equals_original(
 
 
 def _with_gradients(model: nn.Module, results: Callable[[nn.Module], Results]) -> Results:
-    """The results of a model, and its parameters' gradients of a fixed combination of them."""
+    """The results of a model, and the gradients of a weighted sum of them by its parameters."""
     model.zero_grad()
     found, generator = results(model), torch.Generator().manual_seed(2)
     total = sum(
@@ -281,7 +281,7 @@ class LayerTests(LibraryTests):
         raise NotImplementedError
 
     def both_ways(self, layer: Any, x: Tensor, *c: Tensor) -> list[Any]:
-        """What a layer returns from data to latent, and then from latent to data, flat."""
+        """The results of a layer from data to latent, then from latent to data, in one list."""
         raise NotImplementedError
 
     def actnorm(self) -> nn.Module:

@@ -74,9 +74,9 @@ def test_glow_tts_values() -> None:
 def test_glow_tts_gradients(reversible: bool) -> None:
     published, chain = glow_tts(reversible=reversible)
     x, mask = batch()
-    theirs = gradients(published, x, call=lambda x: published(x, mask))
-    ours = gradients(chain, x, call=lambda x: chain(x, mask))
-    assert_all_close(ours[:2], theirs[:2], terms=1000)  # the loss, and the gradient of x
+    want = gradients(published, x, call=lambda x: published(x, mask))
+    got = gradients(chain, x, call=lambda x: chain(x, mask))
+    assert_all_close(got[:2], want[:2], terms=1000)  # the loss, and the gradient of x
     for block, layers in zip(published.blocks, steps_of(chain), strict=True):
         got = [p.grad for p in parameters(layers)]
         want = published_gradients(block, layers)  # type: ignore[arg-type]
@@ -110,9 +110,9 @@ def test_vits(reversible: bool) -> None:
     flip = Permutation(range(8)[::-1])
     layers = [m for net in nets for m in (AffineCoupling(8, net, scale=None), flip)]
     chain, (x, mask) = ReversibleChain(layers, masked=True, reversible=reversible), batch()
-    ours = gradients(chain, x, call=lambda x: chain(x, mask))
-    theirs = gradients(chain, x, call=lambda x: vits(nets, x, mask))
-    assert_all_close(ours, theirs, terms=1000)
+    got = gradients(chain, x, call=lambda x: chain(x, mask))
+    want = gradients(chain, x, call=lambda x: vits(nets, x, mask))
+    assert_all_close(got, want, terms=1000)
     assert torch.equal(chain(x, mask)[0], vits(nets, x, mask)[0])
     assert not chain(x, mask)[1].any()
     assert_close(chain.inverse(vits(nets, x, mask)[0], mask)[0], x, terms=100)
