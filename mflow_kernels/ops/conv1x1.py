@@ -243,13 +243,17 @@ def _inverse_weight_and_bias(
     good = finite & inverted & (info == 0)
     if check and _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
-        fault = "singular" if finite.flatten()[first] else "not finite"
-        name = names[first] if names else "weight"
-        raise ValueError(f"{name}: expected an invertible matrix, got one that is {fault}")
+        infinite = not finite.flatten()[first]
+        raise not_invertible(names[first] if names else "weight", infinite)
     # LAPACK returns finite numbers for a singular W.
     missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
     inverse = inverse.masked_fill(missing, math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)
+
+
+def not_invertible(name: str, infinite: bool) -> ValueError:
+    fault = "not finite" if infinite else "singular"
+    return ValueError(f"{name}: expected an invertible matrix, got one that is {fault}")
 
 
 class _InverseWeightAndBias(torch.autograd.Function):

@@ -202,7 +202,7 @@ def _apply_reversibly(
     parts = program.segments()
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.
-        folded = [i.fold(dtype, lean=True) for i in part]
+        folded = [i.fold(dtype) for i in part]
         first = len(waiting) - sum(i.joins for i in part)
         joined, waiting = waiting[first:], waiting[:first]
         given = x.detach(), [z.detach() for z in joined], detached

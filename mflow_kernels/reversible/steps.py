@@ -99,15 +99,13 @@ class Steps(Instruction):
     def pixels(self, forward: ForwardPass) -> int | Tensor:
         return frames(forward.context[0], forward.x) if self.masked else super().pixels(forward)
 
-    def fold(
-        self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
-    ) -> FoldedWeights | None:
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
         """The rows are in the direction data -> latent."""
         found = [(s.linear, s.place) for s in self.steps if s.linear is not None]
         if not found:
             return None
         maps, places = zip(*(found[::-1] if self.inverted else found), strict=True)
-        how = {"inverted": self.inverted, "check": check, "lean": lean}
+        how = {"inverted": self.inverted, "check": check}
         return type(maps[0]).fold(maps, places, dtype, **how)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
