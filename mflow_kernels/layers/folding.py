@@ -188,6 +188,7 @@ class _FoldLoop(torch.autograd.Function):
         return folded[0], folded[1], folded[2]
 
     @staticmethod
+    @torch.compiler.disable  # a compiled function may call backward()
     def backward(
         ctx: Any, dweight: Tensor, dbias: Tensor, dlog_det: Tensor
     ) -> tuple[Tensor | None, ...]:
