@@ -16,6 +16,8 @@ namespace mflow {
 void bind_coupling(pybind11::module_& m);
 void bind_conv1x1(pybind11::module_& m);
 void bind_fold(pybind11::module_& m);
+void bind_step(pybind11::module_& m);
+void bind_actnorm(pybind11::module_& m);
 void bind_spline(pybind11::module_& m);
 void bind_masked_penalty(pybind11::module_& m);
 

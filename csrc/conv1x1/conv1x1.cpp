@@ -108,14 +108,14 @@ struct Conv1x1BackwardLoop {
             grid.move(t, first, dy, grid.in_panel(b.g, 0));
         }
         grid.move(t, second, grid.in_memory(p.dy[1], t, 0), grid.in_panel(b.g, first));
-        transposed(grid, t, b.g, b.y, zero);
+        if (p.dstate.data) transposed(grid, t, b.g, b.y, zero);
         grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
         if (p.coupling) {
             grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
             coupling_backward(t, *p.coupling, b);
             return;
         }
-        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
+        if (p.dstate.data) grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
         grid.move(t, second, grid.in_memory(p.state[1], t, 0), grid.in_panel(b.z, first));
         if (p.bias.data) subtract_bias(t, b);
         if (!inverse) return;
@@ -256,7 +256,7 @@ void conv1x1_cpu(const Conv1x1& p, int threads) {
 
 void conv1x1_backward_cpu(const Conv1x1Backward& p, int threads) {
     if (p.shape.size() == 0) return;
-    if (channels_are_neighbours(p.shape, p.dstate)) {
+    if (channels_are_neighbours(p.shape, p.state[0])) {
         p.is_double ? conv1x1_backward<true, double>(p, threads)
                     : conv1x1_backward<true, float>(p, threads);
     } else {

@@ -32,7 +32,7 @@ struct Conv1x1Backward {
     Matrix weight, bias;
     StateView dy[2], dnet;     // dnet is added to the first half's gradient
     StateView state[2];        // the halves of y; with a coupling, of x
-    StateView dstate;          // the gradient of z; with a coupling, of x
+    StateView dstate;          // the gradient of z; with a coupling, of x; without one it may be absent
     void *outer_sum, *dbias;   // (C, C) and (C), dense
     Matrix weight_inverse;
     StateView rebuilt, net;    // W^-1 z, and the network input, a copy of its first half

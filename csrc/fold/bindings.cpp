@@ -2,20 +2,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include "../common/tensors.h"
-#include "fold.h"
+#include "describe.h"
 
 namespace mflow {
 namespace {
-
-// The factors of one step, in the order of `Factors`.
-Factors read_factors(Arguments& arguments, const py::handle& step, int64_t c) {
-    const auto factors = py::cast<py::tuple>(step);
-    if (factors.size() != 7) fail("expected seven factors a step");
-    const auto vector = [&](size_t i) { return arguments.dense(factors[i], Use::read, {c}); };
-    const auto matrix = [&](size_t i) { return arguments.dense(factors[i], Use::read, {c, c}); };
-    return {matrix(0), vector(1), matrix(2), matrix(3), vector(4), vector(5), vector(6)};
-}
 
 int64_t checked_channels(const py::object& weight) {
     const auto shape = py::cast<py::tuple>(weight.attr("shape"));
@@ -65,13 +55,9 @@ void fold_backward(const py::list& steps, const py::object& dweight, const py::o
     const double dtotal =
         arguments.is_double ? *static_cast<const double*>(total) : *static_cast<const float*>(total);
     for (int64_t i = 0; i < k; ++i) {
-        const auto of = py::cast<py::tuple>(gradients[i]);
-        if (of.size() != 5) fail("expected five gradients a step");
-        const auto vector = [&](size_t j) { return arguments.dense(of[j], Use::write, {c}); };
-        const auto matrix = [&](size_t j) { return arguments.dense(of[j], Use::write, {c, c}); };
         fold_backward_cpu(read_factors(arguments, steps[i], c), c, arguments.is_double, inverse,
                           dw + i * c * c * size, db + i * c * size, dtotal,
-                          {matrix(0), matrix(1), vector(2), vector(3), vector(4)});
+                          factor_gradients(arguments, gradients[i], c));
     }
 }
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Instructed
-from mflow_kernels.layers.folding import ActNormConv, plu
+from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.ops.checks import check_count, check_device
+from mflow_kernels.ops.folding import plu
 from mflow_kernels.reversible.steps import Step, Steps
 
 

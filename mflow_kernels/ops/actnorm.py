@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import cdiv, tl, triton
@@ -25,7 +26,7 @@ from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.partial_sums import summing_programs
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
-from mflow_kernels.ops.registration import register
+from mflow_kernels.ops.registration import gradients_of, register
 from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
 
 
@@ -185,6 +186,37 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 actnorm_op = register("actnorm", _forward, _backward, fake=_fake)
 
 
+def _loops(x: Tensor) -> bool:
+    """Whether the loop of csrc runs, and no mode of dispatch must see the operator."""
+    return cpu.serves(x) and not torch._C._len_torch_dispatch_stack()
+
+
+class _Loop(torch.autograd.Function):
+    """Actnorm and its log-determinant, or their inverses, by the loop of csrc."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.inverse = inverse
+        ctx.save_for_backward(x, bias, log_scale)
+        return cpu.actnorm(x, bias, log_scale, inverse)
+
+    @staticmethod
+    @torch.compiler.disable  # a compiled function may call backward()
+    def backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            reference = actnorm_inverse if ctx.inverse else actnorm
+            return *gradients_of(reference, ctx.saved_tensors, (dy, dlogdet)), None
+        how = ctx.inverse, ctx.needs_input_grad[0]
+        return *cpu.actnorm_backward(dy, dlogdet, *ctx.saved_tensors, *how), None
+
+
+def _loop(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    run = _Loop.apply if torch.is_grad_enabled() else cpu.actnorm
+    return run(x, bias, log_scale, inverse)
+
+
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
     x = flow_state(name, x)
     for label, value in (("bias", bias), ("log_scale", log_scale)):
@@ -209,6 +241,8 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
     x = _checked("x", x, bias, log_scale)
+    if _loops(x):
+        return _loop(x, bias, log_scale, False)
     logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
     y = actnorm_op(x, bias, log_scale, False)
     return y, logdet.expand(x.shape[0])
@@ -217,6 +251,8 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
 def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `actnorm`: x, and the negative of its logdet. Same arguments."""
     y = _checked("y", y, bias, log_scale)
+    if _loops(y):
+        return _loop(y, bias, log_scale, True)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
     x = actnorm_op(y, bias, log_scale, True)
     return x, logdet.expand(y.shape[0])

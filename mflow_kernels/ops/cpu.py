@@ -255,3 +255,80 @@ def conv1x1_backward(
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
     return x, net, *sums
+
+
+def step(
+    options: Any,
+    x: Tensor,
+    params: Tensor | None,
+    before: Tensor | None,
+    factors: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None, Tensor, bool | None]:
+    """Compute `step.step_ref` and the network input.
+
+    The last result is None if the linear map exists, or else whether it is not finite.
+    """
+    y, logdet = torch.empty_like(x), x.new_empty((x.shape[0], 1))
+    dtype = options.net_dtype
+    net = None if dtype is None else net_input(y, dtype)
+    results = y, net if dtype == x.dtype else None, logdet
+    infinite = _C.step(
+        torch.get_num_threads(), x, params, factors or None, before, *results, *_how(options)
+    )
+    if net is not None and dtype != x.dtype:
+        net.copy_(y[:, : net.shape[1]])
+    return y, net, logdet, infinite
+
+
+def step_backward(
+    options: Any,
+    x: Tensor,
+    params: Tensor | None,
+    factors: Sequence[Tensor | None],
+    dy: Tensor,
+    dnet: Tensor | None,
+    dlogdet: Tensor,
+    needs_dx: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, which is None if it is not needed, of params, and of factors."""
+    dtype = x.dtype
+    dx = torch.empty_like(x) if needs_dx or params is not None else None
+    dparams = None if params is None else torch.empty_like(params, dtype=dtype)
+    parameters = factors[2:]
+    made = tuple(None if f is None else torch.empty(f.shape, dtype=dtype) for f in parameters)
+    results = dx, dparams, made or None
+    gradients = dy, dnet, dlogdet
+    _C.step_backward(
+        torch.get_num_threads(), x, params, factors or None, *gradients, *results, *_how(options)
+    )
+    pairs = zip((dparams, *made), (params, *parameters), strict=True)
+    typed = (g if g is None or f is None or g.dtype == f.dtype else g.to(f.dtype) for g, f in pairs)
+    return dx, next(typed), *(None for _ in factors[:2]), *typed
+
+
+def _how(options: Any) -> tuple[object, ...]:
+    scale = () if options.scale is None else options.scale.args
+    return scale, options.inverse, options.inverse_linear
+
+
+def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """`actnorm.actnorm` or its inverse, of checked arguments."""
+    y, logdet = torch.empty_like(x), x.new_empty(x.shape[0])
+    _run("actnorm", x, bias, log_scale, y, logdet, inverse)
+    return y, logdet
+
+
+def actnorm_backward(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    inverse: bool,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x, which is None if it is not needed, of bias and of log_scale."""
+    dx = torch.empty_like(x) if needs_dx else None
+    dbias, dlog_scale = x.new_empty(bias.shape), x.new_empty(bias.shape)
+    _run("actnorm_backward", dy, dlogdet, x, bias, log_scale, dx, dbias, dlog_scale, inverse)
+    return dx, dbias.to(bias.dtype), dlog_scale.to(log_scale.dtype)

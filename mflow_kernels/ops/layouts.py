@@ -99,7 +99,7 @@ def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
     """
     if dtype is None:
         return y.new_empty(0)
-    if y.is_contiguous():
+    if y.is_contiguous() and not is_channels_last(y):
         return y.new_empty((y.shape[0], y.shape[1] // 2, *y.shape[2:]), dtype=dtype)
     return torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import references, transformed
 
 # The computation of each operator by its name. A walk runs it where meta tensors would skip it.
 COMPUTATIONS: dict[str, Callable[..., Any]] = {}
@@ -102,20 +102,40 @@ def _run_backward(ctx: Any, *gradients: Tensor, run: Any) -> tuple[Tensor | None
 
 
 def gradients_of(
-    reference: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any
-) -> tuple[Tensor, ...]:
-    """The gradients of a reference's tensors, by autograd, from those of its results, a tuple.
+    reference: Callable[..., Any], tensors: Sequence[Any], cotangents: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """The gradients of a reference's tensors, by autograd, from those of its results. They can be
+    differentiated again if gradients are recorded. An argument of None has none.
 
     The dispatcher calls a registered operator below autograd, which then records no graph;
     `torch.func` works there.
     """
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        results = reference(*leaves)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), references():
+        # Tensors may depend on each other. Autograd stops at views, which do not.
+        leaves = [
+            t if t is None else t.view_as(t) if again and t.requires_grad else _leaf(t)
+            for t in tensors
+        ]
+        found = reference(*leaves)
+        results = found if isinstance(found, tuple) else (found,)
     if not results[0].requires_grad:
-        found: tuple[Tensor, ...] = torch.func.vjp(reference, *tensors)[1](cotangents)
-        return found
-    return torch.autograd.grad(results, leaves, cotangents)
+        gradients: tuple[Tensor, ...] = torch.func.vjp(reference, *tensors)[1](cotangents)
+        return gradients
+    pairs = [
+        # The ledger of a reference has one column; those of a kernel have equal gradients.
+        (y, dy if dy.shape == y.shape else dy[:, :1])
+        for y, dy in zip(results, cotangents, strict=True)
+        if y.requires_grad
+    ]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    parts = [y for y, _ in pairs], inputs, [dy for _, dy in pairs]
+    of_inputs = iter(torch.autograd.grad(*parts, create_graph=again))
+    return tuple(t if t is None else next(of_inputs) for t in tensors)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
 def eager_function(

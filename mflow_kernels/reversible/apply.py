@@ -51,8 +51,8 @@ def apply_stored(
             gradients are recorded.
     """
     dtype, check = accumulator(x.dtype), not torch.is_grad_enabled()
-    folded = [i.fold(dtype, check=check) for i in program.instructions]
     forward = ForwardPass(x, list(latents), context)
+    folded = [None if i.loops(x) else i.fold(dtype, check=check) for i in program.instructions]
     found = _run(program.instructions, folded, forward)
     if len(program.instructions) > 1:
         keep_layout(forward.x)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from mflow_kernels.ops.folding import FoldedWeights
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
@@ -32,14 +33,6 @@ class Call(NamedTuple):
 
     module: nn.Module
     function: Callable[..., Any]  # the module itself, or one of its methods
-
-
-class FoldedWeights(NamedTuple):
-    """The linear maps of K steps, each folded into one 1x1 convolution."""
-
-    weight: Tensor  # (K, C, C)
-    bias: Tensor  # (K, C)
-    log_det: Tensor  # (), sum over the steps of log |det weight|, for one pixel
 
 
 @dataclass
@@ -109,6 +102,11 @@ class Instruction:
             ValueError: with `check`, if an inverse is needed and does not exist.
         """
         return None
+
+    def loops(self, x: Tensor) -> bool:
+        """Whether `run` folds its linear maps itself, in loops of csrc, and adds their
+        log-determinant to the ledger. It then needs no `fold`."""
+        return False
 
     def pixels(self, forward: ForwardPass) -> int | Tensor:
         """The number of pixels to which it applies its linear maps, or that of each sample (N,)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.conv1x1 import invert
+from mflow_kernels.ops.folding import Factors
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
@@ -32,6 +33,14 @@ class LinearMap:
     """
 
     dense = True
+
+    def loops(self) -> bool:
+        """Whether csrc can fold it from `named_factors`."""
+        return False
+
+    def named_factors(self, place: str) -> tuple[Factors, str]:
+        """The factors of W and of an actnorm before it, and the layer's name in errors."""
+        raise NotImplementedError
 
     @classmethod
     def fold(

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops import cpu
 from mflow_kernels.ops.checks import check_device
 from mflow_kernels.ops.conv1x1 import conv1x1_op, spread
-from mflow_kernels.ops.launch import uses_triton
+from mflow_kernels.ops.launch import is_walked, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.ops.precision import autocast_dtype
 from mflow_kernels.ops.registration import Operator, eager_function
-from mflow_kernels.reversible.couples import PRECISION, Couple
+from mflow_kernels.ops.step import StepOptions, step
+from mflow_kernels.reversible.couples import PRECISION, AffineCouple, Couple
 from mflow_kernels.reversible.instructions import (
     BackwardPass,
     Call,
@@ -109,27 +111,71 @@ class Steps(Instruction):
         how = {"inverted": self.inverted, "check": check}
         return type(maps[0]).fold(maps, places, dtype, **how)
 
+    def loops(self, x: Tensor) -> bool:
+        if self.masked or not cpu.serves(x) or is_walked():
+            return False
+        return all(step.linear is None or step.linear.loops() for step in self.steps)
+
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        if folded is None and self.loops(forward.x):
+            self._run_loops(forward)
+        else:
+            self._run_folded(forward, folded)
+
+    def _run_loops(self, forward: ForwardPass) -> None:
+        """Run by `ops.step`, one node of autograd's graph for a coupling and the map after it."""
+        x, logdet = forward.x, None
+        applied = False  # whether the coupling before has applied this step's linear map
+        net_input: Tensor | None = None
+        for i, (linear, couple, place) in enumerate(self.steps):
+            if linear is not None and not applied:
+                dtype = None if couple is None else autocast_dtype(x)
+                options = StepOptions(inverse_linear=self.inverted, net_dtype=dtype)
+                x, net_input, logdet = step(options, x, None, logdet, *linear.named_factors(place))
+            applied = False
+            if couple is None:
+                continue
+            net_input = _cut(x) if net_input is None else net_input
+            params = couple.checked(x, forward.call(couple.call(False), x, net_input))
+            net_input = None
+            if not isinstance(couple, AffineCouple):
+                x, ledger = couple.run(x, params)
+                forward.ledger.append(ledger)
+                continue
+            following = self.steps[i + 1] if i + 1 < len(self.steps) else Step(None, None)
+            dtype = None if following.couple is None else autocast_dtype(x)
+            options = StepOptions(couple.scale, couple.inverted, self.inverted, dtype)
+            if following.linear is None:
+                x, _, logdet = step(options._replace(net_dtype=None), x, params, logdet)
+                continue
+            factors = following.linear.named_factors(following.place)
+            x, net_input, logdet = step(options, x, params, logdet, *factors)
+            applied = True
+        if logdet is not None:
+            forward.ledger.append(logdet)
+        forward.x = x
+
+    def _run_folded(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         x, steps, dense = forward.x, self.steps, self._dense
         valid = mask_at(forward.context[0], x) if self.masked else None
         weights = iter(_rows(folded, self.inverted, x, dense))
         net_input: Tensor | None = None
-        for i, step in enumerate(steps):
+        for i, one in enumerate(steps):
             before = steps[i - 1].couple if i else None
             # A launch that fuses both has applied the linear map, and cut the network's input.
             fused = dense and before is not None and before.fuses
-            if step.linear is not None and not fused:
-                dtype = None if step.couple is None else autocast_dtype(x)
+            if one.linear is not None and not fused:
+                dtype = None if one.couple is None else autocast_dtype(x)
                 if dense:
                     x, net_input = conv1x1_op(x, *next(weights), PRECISION, dtype)
                 else:
-                    x, net_input = step.linear.run(x, *next(weights), self.inverted, dtype)
+                    x, net_input = one.linear.run(x, *next(weights), self.inverted, dtype)
                 x, net_input = _valid(x, valid), _valid(net_input, valid)
-            if step.couple is None:
+            if one.couple is None:
                 continue
             if net_input is None:
                 net_input = _cut(x)
-            couple, call = step.couple, step.couple.call(self.masked)
+            couple, call = one.couple, one.couple.call(self.masked)
             params = couple.checked(x, forward.call(call, x, net_input))
             following = steps[i + 1] if i + 1 < len(steps) else None
             if dense and couple.fuses and following is not None and following.linear is not None:

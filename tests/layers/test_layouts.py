@@ -51,13 +51,13 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     seen = Seen()
 
-    def conv2d(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    def conv2d(x: Tensor, weight: Tensor, *others: Any, **how: Any) -> Tensor:
         seen.look("network input", x)
         seen.look("network weight", weight)
         last = is_channels_last(x) or is_channels_last(weight)
         format = torch.channels_last if last else torch.contiguous_format
         given = x.view_as(x)
-        y = torch.conv2d(given, weight, *others).clone(memory_format=format)
+        y = torch.conv2d(given, weight, *others, **how).clone(memory_format=format)
         if given.requires_grad:
             given.register_hook(lambda dx: dx.clone(memory_format=format))
         for tensor in (given, y):
@@ -88,7 +88,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     for loop in (
         *(cpu.change_half, cpu.change_half_backward, cpu.conv1x1),
-        *(cpu.coupling_conv1x1_backward, cpu.conv1x1_backward),
+        *(cpu.coupling_conv1x1_backward, cpu.conv1x1_backward, cpu.step, cpu.step_backward),
     ):
         monkeypatch.setattr(cpu, loop.__name__, partial(watch, loop))
     return seen
@@ -127,7 +127,9 @@ def test_a_model_runs_in_channels_last(
     loss.backward()
     assert not seen.others
     assert {"network input", "network weight", "gradient in a network"} < seen.names
-    assert any("conv1x1" in name for name in seen.names)  # the launches or loops of the chain
+    assert any(
+        "conv1x1" in name or "step" in name for name in seen.names
+    )  # the launches or loops of the chain
     for name, parameter in glow.named_parameters():
         assert parameter.grad is not None
         if parameter.dim() == 4:

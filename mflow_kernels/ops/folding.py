@@ -1,0 +1,223 @@
+"""Actnorm folded into the invertible 1x1 convolution after it: y = W' x + bias'.
+
+    W' = P L (U + diag(s)) diag(exp(log_scale)),   bias' = W' bias
+
+for each step, with L unit lower and U strictly upper triangular. log |det W'| for one pixel is the
+sum of log |s| and log_scale (Glow, arXiv 1807.03039, section 3.2).
+
+Gradients, with G = dW' + d bias' bias^T and W = P L T S, T = U + diag(s), S = diag(exp(log_scale)):
+    d bias = W'^T d bias',   d log_scale = diag(W'^T G) + d log_det
+    dU = triu(L^T P^T G S, 1),   dL = tril(P^T G S T^T, -1),
+    d log |s| = diag(L^T P^T G S) s + d log_det
+
+Of the inverse, R = W'^-1 and its bias is -bias: dW' = -R^T dR R^T.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias, not_invertible
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.precision import without_autocast
+from mflow_kernels.ops.registration import gradients_of
+
+# P, the signs of s, L, U, log |s|, and log_scale and bias of the actnorm, if there is one.
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class FoldedWeights(NamedTuple):
+    """The linear maps of K steps, each folded into one 1x1 convolution."""
+
+    weight: Tensor  # (K, C, C)
+    bias: Tensor  # (K, C)
+    log_det: Tensor  # (), sum over the steps of log |det weight|, for one pixel
+
+
+def fold_ref(
+    permutation: Tensor,
+    sign: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+) -> FoldedWeights:
+    """`fold` of the stacked factors of K steps, (K, C, C) and (K, C)."""
+    weight = plu(permutation, lower, upper, sign, log_diagonal) * log_scale.exp()[:, None, :]
+    return FoldedWeights(
+        weight, (weight * bias[:, None, :]).sum(2), log_diagonal.sum() + log_scale.sum()
+    )
+
+
+def plu(
+    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor
+) -> Tensor:
+    """P L (U + diag(sign * exp(log_diagonal))), batched over leading axes, outside autocast."""
+    with without_autocast(lower):
+        unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        diagonal = torch.diag_embed(sign * log_diagonal.exp())
+        return permutation @ (lower.tril(-1) + unit) @ (upper.triu(1) + diagonal)
+
+
+def fold(
+    steps: Sequence[Factors],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    inverted: bool,
+    check: bool,
+) -> FoldedWeights:
+    """`fold_ref` of K steps, or the inverses of their maps, computed in float64.
+
+    Args:
+        names: of the convolutions, for the error.
+        check: as for `inverse_weight_and_bias`.
+
+    Raises:
+        TypeError: a weight is sharded over devices.
+        ValueError: with `check`, an inverse that is needed does not exist.
+    """
+    lower = steps[0][2]
+    if hasattr(lower, "full_tensor"):  # a DTensor
+        raise TypeError(
+            "conv: expected whole weights, got sharded ones; a chain does not call its layers, so "
+            "shard the networks or the whole chain"
+        )
+    if cpu.serves_fold(lower, dtype):
+        return _fold_by_loop([*chain.from_iterable(steps)], names, dtype, inverted, check)
+    zeros = [torch.zeros_like(steps[0][4])] if any(step[5] is None for step in steps) else []
+    factors = [[zeros[0] if f is None else f for f in row] for row in zip(*steps, strict=True)]
+    if transformed() or torch.compiler.is_compiling():
+        folded = fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
+    else:
+        folded = FoldedWeights(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
+    if not inverted:
+        return folded
+    weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
+    return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
+
+
+def _fold_by_loop(
+    factors: Sequence[Tensor | None],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    inverted: bool,
+    check: bool,
+) -> FoldedWeights:
+    if torch.is_grad_enabled():
+        return FoldedWeights(*_FoldLoop.apply(dtype, inverted, *factors))
+    *folded, fault = cpu.fold(factors, dtype, inverted)
+    if fault is not None and check:
+        step, infinite = fault
+        raise not_invertible(names[step], infinite)
+    return FoldedWeights(*folded)
+
+
+class _Products(NamedTuple):
+    """The products of factors that `fold` and its gradient share."""
+
+    permutation: Tensor
+    left: Tensor  # P L
+    upper: Tensor  # U + diag(s)
+    diagonal: Tensor  # s
+    scale: Tensor
+    bias: Tensor
+
+
+def _products(k: int, dtype: torch.dtype, factors: Sequence[Tensor]) -> tuple[_Products, Tensor]:
+    """The products of K steps, and the log-determinant of their linear maps."""
+    permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
+        torch.stack([*factors[i : i + k]]).to(dtype) for i in range(0, 7 * k, k)
+    )
+    with without_autocast(lower):
+        diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
+        lower, upper = lower.tril_(-1), upper.triu_(1)
+        lower.diagonal(dim1=1, dim2=2).fill_(1)
+        upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        left = permutation @ lower
+    log_det = log_diagonal.sum() + log_scale.sum()
+    return _Products(permutation, left, upper, diagonal, scale, bias), log_det
+
+
+class _Fold(torch.autograd.Function):
+    """`fold_ref` as one node of the graph instead of twenty, without a copy of each factor.
+
+    It stores no products. Its backward computes them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        products, log_det = _products(k, dtype, factors)
+        with without_autocast(products.left):
+            weight = (products.left @ products.upper).mul_(products.scale[:, None, :])
+            folded_bias = (weight @ products.bias[:, :, None]).squeeze(2)
+        ctx.k, ctx.dtype = k, dtype
+        ctx.save_for_backward(weight, *factors)
+        return weight, folded_bias, log_det
+
+    @staticmethod
+    def backward(
+        ctx: Any, dweight: Tensor, dfolded_bias: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight, *factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = dweight, dfolded_bias, dlog_det
+            return None, None, *gradients_of(partial(_fold_rows, ctx.k, ctx.dtype), factors, given)
+        permutation, left, upper, diagonal, scale, bias = _products(ctx.k, ctx.dtype, factors)[0]
+        with without_autocast(weight):
+            dweight = torch.baddbmm(dweight, dfolded_bias[:, :, None], bias[:, None, :])
+            dbias = (dfolded_bias[:, None, :] @ weight).squeeze(1)
+            dlog_scale = (dweight * weight).sum(1).add_(dlog_det)
+            dproduct = dweight.mul_(scale[:, None, :])
+            dupper = left.mT @ dproduct
+            dlower = permutation.mT @ (dproduct @ upper.mT)
+        dlog_diagonal = (dupper.diagonal(dim1=1, dim2=2) * diagonal).add_(dlog_det)
+        gradients = dlower.tril_(-1), dupper.triu_(1), dlog_diagonal, dlog_scale, dbias
+        rows = chain.from_iterable(gradient.unbind() for gradient in gradients)
+        pairs = zip(rows, factors[2 * ctx.k :], strict=True)
+        return None, None, *(None,) * (2 * ctx.k), *(row.to(like.dtype) for row, like in pairs)
+
+
+def _fold_rows(k: int, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fold_ref` of K permutations, K vectors of signs and so on."""
+    stacked = (torch.stack([*factors[i : i + k]]).to(dtype) for i in range(0, 7 * k, k))
+    return tuple(fold_ref(*stacked))
+
+
+class _FoldLoop(torch.autograd.Function):
+    """`fold` by the loop of csrc, without an operator for each small product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, inverted: bool, *factors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.inverted = inverted
+        ctx.save_for_backward(*factors)
+        return cpu.fold(factors, dtype, inverted)[:3]
+
+    @staticmethod
+    @torch.compiler.disable  # a compiled function may call backward()
+    def backward(
+        ctx: Any, dweight: Tensor, dbias: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        factors, given = ctx.saved_tensors, (dweight, dbias, dlog_det)
+        if torch.is_grad_enabled():
+            reference = partial(_fold_in_order, dweight.dtype, ctx.inverted)
+            return None, None, *gradients_of(reference, factors, given)
+        return None, None, *cpu.fold_backward(factors, *given, ctx.inverted)
+
+
+def _fold_in_order(
+    dtype: torch.dtype, inverted: bool, *factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fold` of the factors of all steps, one step after the other."""
+    steps: list[Any] = [factors[i : i + 7] for i in range(0, len(factors), 7)]
+    return tuple(fold(steps, [""] * len(steps), dtype, inverted=inverted, check=False))
