@@ -245,7 +245,7 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
         return _loop(x, bias, log_scale, False)
     logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
     y = actnorm_op(x, bias, log_scale, False)
-    return y, logdet.expand(x.shape[0])
+    return y, logdet.repeat(x.shape[0])
 
 
 def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,4 +255,4 @@ def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor,
         return _loop(y, bias, log_scale, True)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
     x = actnorm_op(y, bias, log_scale, True)
-    return x, logdet.expand(y.shape[0])
+    return x, logdet.repeat(y.shape[0])
