@@ -8,8 +8,8 @@ import torch
 from cases import Calls
 from tiny_runs import assert_same_run, metrics, spy, torchrun, weights
 
+from mflow_kernels.models import graphs
 from mflow_kernels.testing import assert_close
-from mflow_kernels.training import graphs
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
