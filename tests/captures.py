@@ -26,6 +26,8 @@ TRANSFERS = {
     torch.ops.aten.nonzero.default,
 }
 
+DETACH = torch.ops.aten.detach.default
+
 
 class FakeCapture:
     """A replay runs its pass again and copies the results over those of the first run, as the
@@ -115,6 +117,10 @@ class Recording(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, tree_leaves(found)))
         return found
+
+    def functions(self) -> list[Any]:
+        """The recorded operators, without those that launch nothing."""
+        return [function for function, *_ in self.calls if function is not DETACH]
 
     def replay(self) -> None:
         with torch.no_grad(), _disable_current_modes():

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from captures import TRANSFERS, RecordedCapture
+from captures import DETACH, TRANSFERS, RecordedCapture
 from cases import Calls
 from torch import nn
 
@@ -165,6 +165,8 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkey
     """
     capture = RecordedCapture()
     monkeypatch.setattr(graphs, "capture", capture)
+    # Constants are kept, as they are without `references`.
+    monkeypatch.setattr("mflow_kernels.interop.linear.transformed", lambda: False)
     monkeypatch.setattr(graphs, "can_capture", lambda device: True)
     torch.manual_seed(0)
     plain, loss_of, dims = make(reversible)
@@ -196,14 +198,7 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkey
     with references(), Calls() as backward:
         torch.autograd.grad(loss, leaves, ones)
     for recording, eager in zip(capture.recordings, (forward, backward), strict=True):
-        a, b = (
-            [str(call[0]) for call in recording.calls if call[0]._opname != "detach"],
-            [str(function) for function, _ in eager.found if function._opname != "detach"],
-        )
-        import difflib
-
-        print("\n".join(difflib.unified_diff(a, b, lineterm="", n=1)))
-        assert a == b
+        assert recording.functions() == [f for f, _ in eager.found if f is not DETACH]
 
 
 def test_a_cpu_computes_without(monkeypatch):
