@@ -160,6 +160,7 @@ class _Graphed:
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
         self._model, self._loss_fn = model, loss_fn
         self._modules: list[nn.Module] = []
+        self._owners: list[dict[str, Any]] = []  # of their parameters and buffers
         self._state: Any = None  # what the graphs depend on, after the first call
         self._shapes: Any = None  # of the first batch
         self._passes: _Passes | None = None
@@ -180,6 +181,7 @@ class _Graphed:
         if self._state is None:
             results = self._run(batch)
             self._modules = list(self._model.modules())
+            self._owners = [o for m in self._modules for o in (m._parameters, m._buffers) if o]
             self._state, self._shapes = self._state_now(device), shapes
             return results
         if shapes != self._shapes:
@@ -194,11 +196,11 @@ class _Graphed:
         return results
 
     def _state_now(self, device: torch.device) -> Any:
-        tensors = (
-            t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values())
-        )
+        tensors = [t for owner in self._owners for t in owner.values() if t is not None]
         return (
-            [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None],
+            list(map(id, tensors)),
+            [t.data_ptr() for t in tensors],
+            [t.requires_grad for t in tensors],
             [m.training for m in self._modules],
             autocast_state(device),
         )
