@@ -123,7 +123,8 @@ class Recording(TorchDispatchMode):
         return [function for function, *_ in self.calls if function is not DETACH]
 
     def replay(self) -> None:
-        with torch.no_grad(), _disable_current_modes():
+        uncast = torch.autocast("cpu", enabled=False)  # the recorded operators are below autocast
+        with torch.no_grad(), uncast, _disable_current_modes():
             for func, args, kwargs, results in self.calls:
                 for old, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mflow_kernels.layers import ReversibleChain
 from mflow_kernels.ops.checks import check_device
 from mflow_kernels.ops.launch import cusolver
+from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.graph import nodes_behind
 from mflow_kernels.reversible.modes import autocast_state, random_state, random_state_of
 
@@ -259,7 +260,8 @@ class _Passes:
         def backward(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if not dlosses:
                 dlosses.append(torch.ones_like(results[0].detach()))
-            with _without_hooks(self.parameters):
+            # A loop calls backward() outside of autocast.
+            with _without_hooks(self.parameters), without_autocast(results[0]):
                 gradients = torch.autograd.grad(results[0], wanted, dlosses[0])
             self._drifting = [chain for chain in chains if chain.drift is not None]
             return *gradients, *(cast(Tensor, chain.drift) for chain in self._drifting)

@@ -147,21 +147,18 @@ def net(_):
     return model, lambda x: model(x).square().sum(1).mean(), 6
 
 
+@pytest.mark.parametrize("make", [glow, accelerated_nflows, net])
 @pytest.mark.parametrize(
-    ("make", "reversible"),
-    [
-        (glow, True),
-        (glow, False),
-        (accelerated_nflows, True),
-        (accelerated_nflows, False),
-        (net, 0),
-    ],
+    ("reversible", "precision"),
+    [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)],
+    ids=["reversible", "stored", "autocast"],
 )
-def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkeypatch):
+def test_a_replay_launches_what_the_eager_step_launches(make, reversible, precision, monkeypatch):
     """Replays of a recording train to the same bits, and launch the operators of the eager passes.
 
     The first batch initializes nflows' actnorms. The loop scales and accumulates gradients, keeps
-    their memory in every other step, and changes the learning rate.
+    their memory in every other step, and changes the learning rate. Autocast is on around the call
+    of the loss, so it could keep cast weights between the passes.
     """
     capture = RecordedCapture()
     monkeypatch.setattr(graphs, "capture", capture)
@@ -174,6 +171,7 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkey
     model, own_loss_of, _ = make(reversible)
     same(model.state_dict(), plain.state_dict())
     batches = [torch.randn(5, dims) for _ in range(8)]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32)
     results = []
     for trained, loss in ((plain, loss_of), (model, graphed(model, own_loss_of))):
         torch.manual_seed(1)
@@ -182,7 +180,8 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkey
         losses = []
         with references():
             for i, x in enumerate(batches):
-                losses.append(loss(x))
+                with autocast:
+                    losses.append(loss(x))
                 scaler.scale(losses[-1] / 2).backward()
                 if i % 2:
                     scaler.step(optimizer)
@@ -192,7 +191,7 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, monkey
         results.append((torch.stack(losses).detach(), trained.state_dict(), gradients_of(trained)))
     same(results[1], results[0])
     assert len(capture.recordings) == 2
-    with references(), Calls() as forward:
+    with references(), autocast, Calls() as forward:
         loss = loss_of(batches[0])
     ones, leaves = torch.ones_like(loss), [p for p in plain.parameters() if p.grad is not None]
     with references(), Calls() as backward:
@@ -329,6 +328,14 @@ def test_what_cannot_be_captured_says_why(loss_of, message, monkeypatch):
     assert torch.equal(model.layers[1].num_batches_tracked, tracked)
 
 
+def distributed():
+    """A DistributedDataParallel that was not connected to other processes."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.add_module("module", Net())
+    return wrapper
+
+
 def test_random_numbers_of_the_host_are_refused(fake_capture):
     """Meta tensors stand for a GPU's."""
     model = nn.Linear(6, 3, device="meta")
@@ -346,6 +353,7 @@ def test_random_numbers_of_the_host_are_refused(fake_capture):
         ((1, abs), TypeError, r"model: expected a torch.nn.Module, got int"),
         ((Net(), 1), TypeError, r"loss_fn: expected a function, got int"),
         ((nn.ReLU(), abs), ValueError, r"model: expected a module with parameters"),
+        ((distributed(), abs), ValueError, r"model: expected a module without DistributedData"),
     ],
 )
 def test_bad_input(arguments, error, message):
