@@ -46,12 +46,7 @@ from mflow_kernels.ops.cpu import _C
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import (
-    gradients_of,
-    operator,
-    refuse_second_derivative,
-    register,
-)
+from mflow_kernels.ops.registration import gradients_of, refuse_second_derivative, register
 
 
 def _terms(
@@ -268,7 +263,7 @@ def _gradient(
     return (*grads, None, None, None, None, None)
 
 
-masked_penalty_op, _ = register(
+masked_penalty_op = register(
     "masked_penalty",
     _forward,
     _backward,
@@ -355,8 +350,7 @@ def masked_penalty_gaussian(
         target = None if target is None else target.flatten(1)
         mask = None if mask is None else _flat(mask, inner)
         weights = None if weights is None else _flat(weights, inner)
-    run = operator(masked_penalty_op, _forward)
-    penalty, gaussian = run(input, target, mask, weights, scale, rho, float(delta))
+    penalty, gaussian = masked_penalty_op(input, target, mask, weights, scale, rho, float(delta))
     return penalty, gaussian
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import in_layout_of
+from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.backward import BackwardPass, Stored
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
@@ -24,7 +25,12 @@ class Result(NamedTuple):
     x: Tensor  # the state, in the dtype of the input
     latents: tuple[Tensor, ...]  # in the order in which they were split off
     ledger: Tensor  # (N, T), terms of the log-determinant of each sample
-    log_det: Tensor  # (), the part of the log-determinant that all samples share
+    constant: Tensor | None  # (), the part of it that all samples share, if there is one
+
+    @property
+    def logdet(self) -> Tensor:
+        """(N,)"""
+        return sum_ledger(self.ledger, self.constant)
 
 
 def apply_stored(
@@ -48,9 +54,10 @@ def apply_stored(
     folded = [i.fold(dtype, check=check) for i in program.instructions]
     forward = ForwardPass(x, list(latents), context)
     found = _run(program.instructions, folded, forward)
-    keep_layout(forward.x)
-    shared = _shared(folded, found)
-    return _result(forward.x, tuple(forward.latents), forward.ledger, shared)
+    if len(program.instructions) > 1:
+        keep_layout(forward.x)
+    terms = _terms(forward.x, forward.ledger, _shared(folded, found))
+    return Result(forward.x, tuple(forward.latents), *terms)
 
 
 def apply_reversibly(
@@ -100,17 +107,16 @@ def _shared(folded: Sequence[FoldedWeights | None], found: Sequence[int | Tensor
     return [n * f.log_det for f, n in zip(folded, found, strict=True) if f is not None]
 
 
-def _result(
-    x: Tensor, latents: tuple[Tensor, ...], ledgers: Sequence[Tensor], shared: Sequence[Tensor]
-) -> Result:
+def _terms(
+    x: Tensor, ledgers: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """The terms of the log-determinant of each sample (N, T), and of all samples ()."""
     ledgers = [*ledgers, *(part[:, None] for part in shared if part.dim())]
     if not ledgers:
         ledgers = [x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype))]
+    constants = [part for part in shared if not part.dim()]
     ledger = ledgers[0] if len(ledgers) == 1 else torch.cat([*ledgers], dim=1)
-    log_det = ledger.new_zeros(())
-    for part in shared:
-        log_det = log_det if part.dim() else log_det + part
-    return Result(x, latents, ledger, log_det)
+    return ledger, sum(constants[1:], constants[0]) if constants else None
 
 
 @dataclass(kw_only=True)
@@ -202,7 +208,7 @@ def _apply_reversibly(
     parts = program.segments()
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.
-        folded = [i.fold(dtype, lean=True) for i in part]
+        folded = [i.fold(dtype) for i in part]
         first = len(waiting) - sum(i.joins for i in part)
         joined, waiting = waiting[first:], waiting[:first]
         given = x.detach(), [z.detach() for z in joined], detached
@@ -229,7 +235,7 @@ def _apply_reversibly(
     for segment in record.segments:
         ledgers.append(next(rest))
         split_off += islice(rest, segment.splits)
-    return _result(x, tuple(split_off), ledgers, shared)
+    return Result(x, tuple(split_off), *_terms(x, ledgers, shared))
 
 
 class _SegmentFunction(torch.autograd.Function):
@@ -263,7 +269,7 @@ class _SegmentFunction(torch.autograd.Function):
         ctx.save_for_backward(
             *(*first_and_last, *forward.latents, *stored), *(*context, *weights, *sources, *buffers)
         )
-        ledger = _result(forward.x, (), forward.ledger, ()).ledger
+        ledger, _ = _terms(forward.x, forward.ledger, ())
         return forward.x, *others, ledger, *forward.latents
 
     @staticmethod
