@@ -124,9 +124,9 @@ else
   tests=(tests/ops tests/layers tests/reversible tests/models tests/interop/test_params.py)
   # The others need packages of the extra `train`, which a GPU machine may lack.
   if python3 -c 'import lightning, mlxtend' 2>>"$log"; then
-    tests+=(tests/training/test_graphs.py tests/training/test_graph_runs.py)
+    tests+=(tests/training/test_graph_runs.py)
   else
-    say "no packages of mflow_kernels[train]: test_plain_glow.py and the tests of CUDA graphs are left out"
+    say "no packages of mflow_kernels[train]: test_plain_glow.py and the runs with CUDA graphs are left out"
     tests+=(--ignore tests/models/test_plain_glow.py)
   fi
   # If the CUDA build fails, build the CPU part for the tests after it, and report the failure.

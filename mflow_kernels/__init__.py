@@ -46,6 +46,7 @@ __all__ = [
     "bits_per_dimension",
     "coupling_net",
     "estimate_intrinsic_dimension",
+    "graphed",
     "latent_importance",
     "local_dimension",
     "manifold_mask_from_data",

@@ -45,8 +45,8 @@ class DataInit:
         is_pending: returns whether the layer waits for its first batch.
         initialize: sets the layer's scale and shift from a batch. The last argument is True if the
             batch arrives from the latent side.
-        state: the tensor that `is_pending` reads, if it reads nothing else. While this tensor is
-            unchanged, `is_pending` is not called again.
+        state: the tensor that `is_pending` reads, if it reads nothing else but the training mode.
+            While both are unchanged, `is_pending` is not called again.
     """
 
     is_pending: Callable[[Any], bool]

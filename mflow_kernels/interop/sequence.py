@@ -137,7 +137,7 @@ class FusedSequence:
         ]
         self._squeezes = sum(p.halvings for p in parts if isinstance(p, SpaceToDepth))
         self._programs: dict[Any, Program] = {}
-        self._initialized: list[tuple[int, int]] | None = None
+        self._initialized: tuple[list[tuple[int, int]], list[bool]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}, "_initialized": None}
@@ -194,8 +194,9 @@ class FusedSequence:
         Unless a tensor has changed since the last call, this reads nothing from the GPU.
         """
         states = [d.state(module) for module, d in self._initialized_by_data if d.state]
-        watched = len(states) == len(self._initialized_by_data)
-        now = versions(states) if watched else None
+        known = versions(states) if len(states) == len(self._initialized_by_data) else None
+        modes = [module.training for module, _ in self._initialized_by_data]
+        now = None if known is None else (known, modes)
         if now is not None and now == self._initialized:
             return True
         if any(data_init.is_pending(module) for module, data_init in self._initialized_by_data):

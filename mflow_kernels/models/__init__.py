@@ -4,6 +4,7 @@ from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.dimension import local_dimension
 from mflow_kernels.models.glow import Glow, VectorFlow
+from mflow_kernels.models.graphs import graphed
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.jet import Jet
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -34,6 +35,7 @@ __all__ = [
     "WeightSchedule",
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
+    "graphed",
     "latent_importance",
     "local_dimension",
     "manifold_mask_from_data",

@@ -242,8 +242,7 @@ class TrainingOptions:
         compile: Compile the coupling networks with torch.compile; the first step takes minutes.
         cuda_graphs: On a GPU, capture the forward and backward pass of each stage once and replay
             them, so that the GPU does not wait for kernel launches. Their memory stays allocated
-            between steps. A batch in several parts (--accumulate) is computed without. No GPU has
-            run this yet.
+            between steps. No GPU has run this yet.
         save_minutes: Longest time between two checkpoints, in minutes.
         save_steps: Largest number of steps between two checkpoints. A checkpoint is also written
             before each validation.

@@ -1,6 +1,7 @@
 """Training of all stages of a hierarchical flow, as one LightningModule and in one `fit`."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -25,12 +26,12 @@ from mflow_kernels.data.splits import Splits
 from mflow_kernels.layers import ReversibleChain
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.graphs import CaptureError, graphed
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers
 from mflow_kernels.training.conditions import bound_conditions, largest_conditions
 from mflow_kernels.training.coupling_networks import parameter_groups
-from mflow_kernels.training.graphs import StepGraphs, can_capture
 from mflow_kernels.training.guard import StepGuard, mean_over_ranks, problem_of
 from mflow_kernels.training.muon import MuonAdamW
 from mflow_kernels.training.schedule import Schedule
@@ -93,7 +94,6 @@ class FlowTraining(LightningModule):
         # The parameters of each stage that have gradients while it is trained.
         self._weights = [[p for p in m.parameters() if p.requires_grad] for m in model.stages]
         self._unfrozen = -1  # the stage that `_freeze_others` was last called with
-        self._graphs: StepGraphs | None = None
         self._last_logged = (0.0, 0)  # time and step
         self.loss = torch.zeros(())
         self._measured: dict[str, Any] = {}  # metrics of the step that runs
@@ -136,8 +136,7 @@ class FlowTraining(LightningModule):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if self._checkpoint is not None and self._checkpoint.grad_scaler:
             self._scaler.load_state_dict(self._checkpoint.grad_scaler)
-        if config.cuda_graphs and config.accumulate == 1 and can_capture(self.device):
-            self._graphs = StepGraphs()
+        self._captures = config.cuda_graphs
         self._freeze_others(self.stage)
 
     def _freeze_others(self, stage: int) -> None:
@@ -145,6 +144,10 @@ class FlowTraining(LightningModule):
         if stage == self._unfrozen:
             return
         self._unfrozen, active = stage, self.schedule.active(stage)
+        self._compute: Any = partial(self._losses, stage)
+        if self._captures:
+            stages = nn.ModuleList(self.model.stages[i] for i in active)
+            self._compute = graphed(stages, self._compute)
         for i, weights in enumerate(self._weights):
             for weight in weights:
                 weight.requires_grad_(i in active)
@@ -228,7 +231,7 @@ class FlowTraining(LightningModule):
         parts = [*zip(*(t.chunk(self._config.accumulate) for t in inputs), strict=True)]
         losses, found, self._drifts = [], [], []
         for part in parts:
-            loss, *terms = self._run(stage, part)
+            loss, *terms = self._run(part)
             losses.append(loss * (len(part[0]) / len(x)) if len(parts) > 1 else loss)
             found.append(terms)
             if len(losses) < len(parts):
@@ -248,20 +251,22 @@ class FlowTraining(LightningModule):
                 self._measured["penalty_weight"] = weight
         return self._scaler.scale(losses[-1])
 
-    def _run(self, stage: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        losses = partial(self._losses, stage)
-        if self._graphs is None:
-            return losses(*inputs)
-        modules = [self.model.stages[i] for i in self.schedule.active(stage)]
-        return self._graphs(stage, inputs, losses, modules)
+    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for chain in self._trained_chains():
+            chain.drift = None
+        try:
+            return cast(tuple[Tensor, ...], self._compute(*inputs))
+        except CaptureError as error:
+            print(f"training continues without CUDA graphs: {error}", file=sys.stderr)
+            self._captures = False  # other stages could not be captured either
+            self._compute = partial(self._losses, self.stage)
+            return self._run(inputs)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Do nothing: Lightning calls this after `training_step`, which has added gradients."""
 
     def _losses(self, stage: int, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the loss to minimize, then _PARTS and log p(x), (N,) each, without gradients."""
-        for chain in self._trained_chains():
-            chain.drift = None
         with self._autocast():
             terms, log_likelihood = self.model.terms_and_log_prob(
                 x, stage=stage, release=self._config.release, context=classes

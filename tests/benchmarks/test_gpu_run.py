@@ -110,7 +110,7 @@ def test_tests_that_need_missing_packages_are_left_out(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "no packages of mflow_kernels[train]" in done.stdout
     assert re.search(r"^args: .* --ignore tests/models/test_plain_glow.py -p ", log, re.M)
-    assert "test_graphs.py" not in log
+    assert "test_graph_runs.py" not in log
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:

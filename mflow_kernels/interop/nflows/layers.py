@@ -66,8 +66,11 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.initialized.fill_(True)
 
 
-# There is no `state` here, because `_is_pending` also depends on the training mode.
-_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
+def _done(layer: Any) -> Tensor:
+    return layer.initialized
+
+
+_DATA_INIT = DataInit(_is_pending, _initialize_actnorm, _done)
 
 # The parts of each transform.
 
