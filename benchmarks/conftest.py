@@ -136,15 +136,18 @@ def pytest_benchmark_update_json(
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Show the claims, and one line for each reason why something was left out."""
-    from benchmarks.harness.closing import closing_lines, draw_claims, rows_of
+    from benchmarks.bench_claims import claims
+    from benchmarks.harness.closing import closing_lines, rows_of
+    from benchmarks.harness.pictures import draw_claims
 
     measured = getattr(config, "_benchmarksession", None)
     if measured is None or not config.stash[CHOSEN]:
         return
+    rows = rows_of(measured.benchmarks)
     with_claims = any(CLAIMS_FILE in name for name in config.stash[CHOSEN])
-    for line in closing_lines(measured.benchmarks, config.stash[NOT_MEASURED], config, with_claims):
+    for line in closing_lines(rows, config.stash[NOT_MEASURED], config, with_claims):
         terminalreporter.write_line(line)
     if with_claims and measured.json is not None:
         picture = Path(measured.json).with_suffix(".png")
-        draw_claims(rows_of(measured.benchmarks), size_and_gpu(config)[1], picture)
+        draw_claims(claims(size_and_gpu(config)[1]), rows, picture)
         terminalreporter.write_line(f"picture: {picture}")

@@ -6,7 +6,7 @@ worst.
 """
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ def table(claims: Sequence[Claim], rows: Sequence[Row], failed: set[str]) -> Ite
         if figure is None:
             yield [claim.text, "-", "-", "-", said]
             continue
-        written = (lambda b: f"{b / MIB:.1f} MiB") if claim.memory else format_time
+        written = written_size(claim)
         spread = "" if claim.memory else f" [{figure.low:.2f}, {figure.high:.2f}]"
         if len(best) > 1:
             said += f" (the worst of {len(best)}: {short(figure.group)})"
@@ -125,6 +125,10 @@ def table(claims: Sequence[Claim], rows: Sequence[Row], failed: set[str]) -> Ite
             f"{figure.ratio:.2f}{spread}, claimed {claim.at_most:g}",
             said,
         ]
+
+
+def written_size(claim: Claim) -> Callable[[float], str]:
+    return (lambda size: f"{size / MIB:.1f} MiB") if claim.memory else format_time
 
 
 def short(group: str) -> str:
