@@ -20,7 +20,7 @@ from torch import nn
 import mflow_kernels
 from benchmarks.harness.measurements import REPLAY, Call, copy_bandwidth, interleaved, peak_of_step
 from benchmarks.harness.output import commit
-from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.processes import Died, Late, in_fresh_processes
 from benchmarks.harness.saved_runs import format_time
 
 SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
@@ -110,7 +110,9 @@ class Measured:
         jobs = [(step_of, (*given, variant, bench.device), bench.threads) for variant in variants]
         peaks = in_fresh_processes(_step_peak, jobs, workers, SECONDS_PER_PEAK)
         for variant, peak in zip(variants, peaks, strict=True):
-            if isinstance(peak, Died):
+            if isinstance(peak, Late):
+                self.faults[variant] = Missing(f"peak memory of {variant}: {peak}")
+            elif isinstance(peak, Died):
                 self.fault(variant, RuntimeError(f"peak memory of {variant}: {peak}"))
             else:
                 self.extra[variant]["peak_bytes"] = peak
