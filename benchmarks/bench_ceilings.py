@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness.measurements import peak_bytes, seconds
 from benchmarks.harness.models import Model, Spec, shared_results
-from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.processes import Died, Late, in_fresh_processes
 from benchmarks.harness.session import Bench, Group, Measured, Missing, measured_row
 
 test_ceiling = measured_row
@@ -115,7 +115,8 @@ def measure(bench: Bench, ceiling: Ceiling, variant: str) -> Measured:
     job = (ceiling, variant, str(bench.device), bench.threads, bench.check_only)
     (result,) = in_fresh_processes(_work, [job], 1, SECONDS_PER_VARIANT)
     if isinstance(result, Died):
-        measured.faults[variant] = result
+        late = isinstance(result, Late)
+        measured.faults[variant] = Missing(f"{variant}: {result}") if late else result
         return measured
     batch, peak, taken = result
     measured.seconds[variant] = [taken]

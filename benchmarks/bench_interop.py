@@ -5,7 +5,7 @@ The models are built as the documentation of their libraries does.
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -198,14 +198,15 @@ def variant_of(original: nn.Module, variant: str) -> nn.Module:
     return model
 
 
-def measure(bench: Bench, library: str, spec: Spec) -> Measured:
+def measure(bench: Bench, library: str, spec: Spec, variants: Sequence[str] = VARIANTS,
+            memory: bool = True) -> Measured:  # fmt: skip
     def about(model: nn.Module, variant: str) -> dict[str, Any]:
         left = not any(map(is_accelerated, model.modules())) and variant != "original"
         described = f"{spec}, left as it is" if left else str(spec)
         return {**spec._asdict(), "spec": described, "library": library}
 
     built = partial(build, library, spec)
-    return originals.measure(bench, VARIANTS, built, variant_of, about, workers=2)
+    return originals.measure(bench, variants, built, variant_of, about, workers=2, memory=memory)
 
 
 def groups(size: str, gpu: bool) -> Iterator[Group]:

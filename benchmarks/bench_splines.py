@@ -9,7 +9,7 @@ faster.
 import copy
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -223,7 +223,7 @@ def check(flow: Any, exact: Any, x: Tensor, name: str) -> None:
         assert_close(got.grad, grad.grad, terms=terms * len(x), name=f"{name}: d {key}")
 
 
-def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
+def measure(bench: Bench, spec: Vectors, task: str, names: Sequence[str] = NAMES) -> Measured:
     measured = Measured()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -259,7 +259,7 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
             about["disagrees"] = str(error)  # wrong gradients, in torch 2.13
         return lambda: task_of(task, flow, x)
 
-    measured.compare(bench, NAMES, make, ROUNDS)
+    measured.compare(bench, names, make, ROUNDS)
     return measured
 
 

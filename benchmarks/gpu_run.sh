@@ -4,7 +4,7 @@
 #     benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]
 #
 # This builds csrc in place and runs every test that needs a GPU, the benchmarks at GPU sizes, the
-# memory ceilings and a short bfloat16 training run. It writes results.json, report.md with plots
+# memory ceilings and a short bfloat16 training run. It writes results.json, report.md, a picture
 # and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
 # stop later parts; the last lines name the failures, and the exit code is 1.
 # Each part saves its results in OUT_FOLDER/parts when it ends or is stopped, so a killed run still

@@ -1,71 +1,52 @@
-"""Turn saved benchmark runs into a Markdown page and plots, and compare two runs.
+"""Write the figures of the pages, or a report of other benchmark runs.
 
-    pytest benchmarks/ --benchmark-only --benchmark-json results.json
+    python -m benchmarks.report --measure        # measure the claims, and write the pages
+    python -m benchmarks.report                  # write the pages from the results that are kept
     python -m benchmarks.report results.json --out report
-    python -m benchmarks.report new.json --against old.json --threshold 1.1
 
-Without --out, the page is printed without plots. Ratios are medians over interleaved rounds; the
-brackets hold their first and third quartiles. With --against, the exit code is 1 if a row of both
-runs now fails, or takes more than `threshold` times as long or as much memory as before. It is 2 if
-the runs used different devices, clocks or numbers of threads.
+The kept results are benchmarks/results/claims.json. The pages are benchmarks/measured.md, and the
+marked figures, tables and pictures of README.md and docs/ (`harness/pages.py`). A report of other
+results has their tables, and with --out also a picture. Ratios are medians over interleaved
+rounds; the brackets hold their first and third quartiles.
 """
 
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
-from benchmarks.harness.output import command_parser, markdown_table, save_json, save_text
-from benchmarks.harness.report_tables import (
-    MIB,
-    PACKAGE,
-    Tables,
-    accelerated,
-    comparisons,
-    format_time,
-    operators,
-    others,
-    speedups,
-)
-from benchmarks.harness.saved_runs import Row, Runs, merged, runs
+from benchmarks.bench_claims import claims
+from benchmarks.harness.output import command_parser, save_json, save_text
+from benchmarks.harness.pages import ROOT, page_tables, values, written
+from benchmarks.harness.pictures import draw_claims, draw_comparison, draw_ratios, draw_splines
+from benchmarks.harness.report_tables import tables
+from benchmarks.harness.saved_runs import Runs, kept, merged, runs
 
-KINDS = ("ops", "layers", "models", "interop", "sequences", "ceilings", "training")
+RESULTS = ROOT / "benchmarks" / "results" / "claims.json"
+PICTURES = ROOT / "docs" / "pictures"
+MEASURED = ROOT / "benchmarks" / "measured.md"
+KINDS = {
+    "claims": "Groups of the claims",
+    "models": "Models",
+    "layers": "Layers",
+    "ops": "Operators",
+    "splines": "Spline flows",
+    "autoregressive": "Masked autoregressive layers",
+    "interop": "Accelerated models of other libraries",
+    "sequences": "Sequences",
+    "ceilings": "Memory ceilings",
+    "training": "Short training",
+}
 
-FASTER = (
-    f"Time of each peer divided by that of {PACKAGE} with stored activations. Above 1, {PACKAGE} "
-    "is faster."
-)
-SHARES = "The row of plain eager gives its time; other rows give their time divided by plain's."
-BYTES = "Time (GB/s of the fewest bytes that the operator must move, share of copy bandwidth)."
 
-
-def page(saved: Runs, pictures: Sequence[Path] = ()) -> str:
-    """Return the Markdown page; `benchmarks/measured.md` is one."""
-    by_kind = {kind: [row for row in saved.rows if row.kind == kind] for kind in KINDS}
-    constant = [row for row in by_kind["layers"] if row.extra["constant"]]
-    one_step = [row for row in by_kind["layers"] if not row.extra["constant"]]
-    sections: tuple[tuple[str, Sequence[Row], Tables, str, tuple[str, ...]], ...] = (
-        ("Speed-up over each peer, the flow's own operators", constant, speedups, FASTER, ()),
-        ("Speed-up over each peer, whole models", by_kind["models"], speedups, FASTER,
-         ("speedup-layers", "speedup-models")),
-        ("Models", by_kind["models"], comparisons, SHARES, ("depth", "resolution")),
-        ("The flow's own operators", constant, comparisons, SHARES, ()),
-        ("One step of flow", one_step, comparisons, SHARES, ()),
-        ("Operators", by_kind["ops"], operators, BYTES, ("bandwidth",)),
-        ("Accelerated models of other libraries", by_kind["interop"], accelerated,
-         "A training step.", ()),
-        ("Sequences", by_kind["sequences"], accelerated, "A training step.", ()),
-        ("Memory ceilings", by_kind["ceilings"], others, "", ()),
-        ("Short training", by_kind["training"], others, "", ()),
-    )  # fmt: skip
-    parts = ["# Measured\n", *_circumstances(saved)]
-    for title, rows, tables, lead, plots in sections:
-        parts.append(f"## {title}\n")
-        if not rows:
-            parts.append("Not measured.\n")
-            continue
-        parts += [f"{lead}\n"] if lead else []
-        parts += list(tables(rows))
-        parts += [f"![{p.stem}]({p.name})\n" for p in pictures if p.stem in plots]
+def page(saved: Runs, before: Sequence[str] = ()) -> str:
+    """Return the Markdown page of a run: a section for each file, with `before` ahead of them."""
+    parts = ["# Measured\n", *_circumstances(saved), *before]
+    for kind, title in KINDS.items():
+        rows = [row for row in saved.rows if row.kind == kind]
+        if rows:
+            parts += [f"## {title}\n", *tables(rows)]
     notes = {row.variant: row.extra["note"] for row in saved.rows if "note" in row.extra}
     if notes:
         lines = [f"- {name}: {note}" for name, note in notes.items()]
@@ -100,73 +81,94 @@ def not_measured(saved: Runs) -> str:
     return "## Not measured\n\n" + ("\n".join(lines) or "Nothing was left out.") + "\n"
 
 
-def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
-    """Return a table of the rows that got slower or larger, and whether there are any."""
-    before = {row.name: row for row in old.rows}
-    lines, compared = [], 0
-    for row in new.rows:
-        base = before.get(row.name)
-        if base is None:
-            continue
-        compared += 1
-        measures = [("time", row.median, base.median, format_time)]
-        if row.extra.get("peak_bytes") and base.extra.get("peak_bytes"):
-            measures.append(("memory", row.extra["peak_bytes"], base.extra["peak_bytes"],
-                             lambda b: f"{b / MIB:.2f} MiB"))  # fmt: skip
-        for what, now, then, written in measures:
-            if now > threshold * then:
-                lines.append([row.name.split("::")[-1], what, written(then), written(now),
-                              f"{now / then:.2f}"])  # fmt: skip
-    failed = [r for r in new.not_measured if r["outcome"] == "failed" and r["name"] in before]
-    lines += [[r["name"].split("::")[-1], "fails now", "-", "-", r["reason"]] for r in failed]
-    lost = len(before) - compared - len(failed)
-    summary = f"{compared} rows compared, {lost} rows of the old run missing; "
-    if not lines:
-        return summary + f"none got worse by more than {threshold:g} times", not compared
-    summary += f"{len(lines)} got worse by more than {threshold:g} times, or fail\n\n"
-    return summary + markdown_table(["", "", "before", "now", "ratio"], lines) + "\n", True
+def digest(results: Path) -> str:
+    """Return what marks a picture as drawn from a file of results."""
+    return sha256(results.read_bytes()).hexdigest()[:16]
+
+
+def pages() -> list[Path]:
+    """Return the pages whose marked figures come from the kept results."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def written_pages(saved: Runs) -> dict[Path, str]:
+    """Return each page, as the results say that it must be."""
+    every = claims(False)
+    known, made = values(every, saved), page_tables(every, saved)
+    found = {path: written(path.read_text(), known, made) for path in pages()}
+    claimed = [
+        "## Claims\n\nThe ratio is that to the best peer, in the group in which the claim does "
+        "worst. A claim holds if its third quartile is at most what is claimed.\n",
+        f"{made['claims']()}\n",
+        "![Each claim's ratio, and what is claimed](../docs/pictures/claims.png)\n",
+    ]
+    return {**found, MEASURED: page(saved, claimed)}
+
+
+def draw(saved: Runs, folder: Path, mark: str) -> list[Path]:
+    """Draw the pictures of the pages."""
+    every, date = claims(False), saved.commands[0]["datetime"][:10]
+    groups = {claim.key: {group.name for group in claim.groups} for claim in every}
+
+    def of(key: str) -> list:
+        return [row for row in saved.rows if row.group in groups[key]]
+
+    draw_comparison(of("deep-time"), date, folder / "comparison.png", mark)
+    draw_splines(of("splines-train"), date, folder / "splines.png", mark)
+    draw_claims(every, saved.rows, folder / "claims.png", mark)
+    return [folder / f"{name}.png" for name in ("comparison", "splines", "claims")]
+
+
+def measure() -> int:
+    """Measure the claims into the kept results. Return pytest's exit code."""
+    whole = RESULTS.with_name("whole.json")
+    command = ["pytest", "benchmarks/", "--benchmark-only", "--clock", "process", "--time-limit",
+               "1200", "--benchmark-json", str(whole)]  # fmt: skip
+    RESULTS.parent.mkdir(exist_ok=True)
+    code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+    if whole.exists():
+        if code == 0:
+            save_text(RESULTS, kept(merged([whole])))
+        whole.unlink()
+        whole.with_suffix(".png").unlink(missing_ok=True)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("benchmarks.report", __doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of pytest --benchmark-json")
-    parser.add_argument("--against", type=Path, metavar="OLD", help="an earlier run")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON of pytest --benchmark-json")
+    parser.add_argument("--measure", action="store_true", help="measure the claims first")
     parser.add_argument(
-        "--threshold", type=float, default=1.1, help="ratio that counts as a regression (1.1)"
+        "--out", type=Path, metavar="DIR", help="write report.md and a picture there"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and plots there")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write all results as one file")
     options = parser.parse_args(arguments)
-    if not options.threshold > 0:
-        parser.error(f"argument --threshold: expected more than 0, got {options.threshold}")
+    if not options.results:
+        if options.measure and (code := measure()):
+            print("the pages keep their figures, because the run failed", file=sys.stderr)
+            return code
+        saved = runs(merged([RESULTS]))
+        draw(saved, PICTURES, digest(RESULTS))
+        for path, text in written_pages(saved).items():
+            if not path.exists() or path.read_text() != text:
+                save_text(path, text)
+                print(f"wrote {path.relative_to(ROOT)}")
+        return 0
     try:
         content = merged(options.results)
-        new = runs(content)
-        old = runs(merged([options.against])) if options.against else None
     except ValueError as error:
         parser.error(str(error))
     if options.save:
         save_json(options.save, content)
     if options.out:
-        from benchmarks.harness.plots import draw
-
         options.out.mkdir(parents=True, exist_ok=True)
-        pictures = draw(new.rows, options.out)
-        save_text(options.out / "report.md", page(new, pictures))
-        print(f"wrote {options.out / 'report.md'} and {len(pictures)} plots")
-    elif old is None and not options.save:
-        print(page(new))
-    if old is None:
-        return 0
-    kinds = ("device", "threads", "clock")
-    found = [{tuple(row.extra[k] for k in kinds) for row in run.rows} for run in (new, old)]
-    if found[0] != found[1]:
-        machines = (", ".join(map(str, sorted(each))) for each in found)
-        print(f"not comparable: {' against '.join(machines)}", file=sys.stderr)
-        return 2
-    summary, worse = regressions(new, old, options.threshold)
-    print(summary)
-    return int(worse)
+        saved = runs(content)
+        draw_ratios(saved.rows, options.out / "ratios.png")
+        save_text(options.out / "report.md", page(saved, ["![Ratios](ratios.png)\n"]))
+        print(f"wrote {options.out / 'report.md'} and a picture")
+    elif not options.save:
+        print(page(runs(content)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ of threads is torch's setting.
 import gc
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
+CERTAIN = 0.01
+SECONDS_OF_ROUNDS = 5.0
 # Seconds. A round repeats shorter calls. Events are more precise than the clocks of a CPU.
 SHORTEST_ROUND = {"cpu": 5e-3, "cuda": 5e-4}
 
@@ -78,8 +80,12 @@ def interleaved(
     clock: str,
     *,
     flush: bool = False,
+    most: int = 0,
 ) -> dict[str, list[float]]:
     """Return, for each variant, the seconds per call in each of `rounds` rounds.
+
+    Further rounds, up to `most`, follow while a ratio of two variants is uncertain by more than
+    `CERTAIN`, for at most `SECONDS_OF_ROUNDS` in all.
 
     Two calls of each variant warm up first. Each round starts with the next variant, because the
     first call of a round finds its caches emptied by the garbage collection between rounds.
@@ -99,7 +105,11 @@ def interleaved(
     gc.freeze()  # collections between rounds would take tenths of a second for older objects
     try:
         names = deque(prepares)
-        for _ in range(rounds):
+        began = time.perf_counter()
+        for done in range(max(rounds, most)):
+            late = time.perf_counter() - began > SECONDS_OF_ROUNDS
+            if done >= rounds and (late or uncertainty([*taken.values()]) <= CERTAIN):
+                break
             for name in names:
                 prepare = prepares[name]
                 each = [seconds(prepare(), device, clock, flush) for _ in range(calls[name])]
@@ -111,6 +121,20 @@ def interleaved(
         if collected:
             gc.enable()
     return taken
+
+
+def uncertainty(rounds: Sequence[Sequence[float]]) -> float:
+    """Return the largest relative standard error of a median ratio to the first variant.
+
+    It is estimated from the quartiles, as for a normal distribution.
+    """
+    first, *others = rounds or [[]]
+    errors = [0.0]
+    for other in others:
+        ratios = [a / b for a, b in zip(other, first, strict=True)]
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        errors.append(1.2533 * (high - low) / 1.349 / middle / len(ratios) ** 0.5)
+    return max(errors)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

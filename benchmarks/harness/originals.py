@@ -71,6 +71,7 @@ def measure(
     about: Callable[[nn.Module, str], dict[str, Any]],
     *,
     workers: int,
+    memory: bool = True,
 ) -> Measured:
     """Measure time and peak memory of a training step, for every variant that agrees.
 
@@ -90,7 +91,8 @@ def measure(
         return lambda: partial(train, model, *original.inputs)
 
     made = measured.compare(bench, variants, make, ROUNDS)
-    measured.add_peaks(bench, [*made], _step_of, build, variant_of, workers=workers)
+    if memory:
+        measured.add_peaks(bench, [*made], _step_of, build, variant_of, workers=workers)
     return measured
 
 

@@ -23,6 +23,7 @@ from mflow_kernels.ops import ScaleFunction
 
 NOTES = {
     "mflow_kernels, stored": "reversible=False: activations are stored, as in the peers",
+    "mflow_kernels, stored, compiled": "as stored, with the whole model under torch.compile",
     "mflow_kernels, reversible": "the default: every 8th state is stored, the others are rebuilt",
     "mflow_kernels, nothing stored": "checkpoint_every=None: every state is rebuilt",
     "plain": "eager PyTorch, contiguous; same parameters and scale function as mflow_kernels",
@@ -49,7 +50,7 @@ class Peer:
     reference: Callable[[], Multiscale] | None = None
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -89,12 +90,12 @@ class Adapted(nn.Module):
         return self._inverse(self.inner, *given)
 
 
-def _backwards(flow: nn.Module) -> Adapted:
+def backwards(flow: nn.Module) -> Adapted:
     """Reverse a normflows flow, whose forward maps latents to data."""
     return Adapted(flow, lambda flow, x: flow.inverse(x), lambda flow, z: flow(z))
 
 
-def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
+def normflows_net(net: nn.Module, channels: int) -> nn.Module:
     """Interleave the outputs (raw, shift) as (-shift, raw); normflows subtracts the shift."""
     half = channels // 2
     index = torch.arange(half)
@@ -103,14 +104,14 @@ def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
 
 
 def _normflows(glow: Glow) -> Peer:
-    nf = _package("normflows")
+    nf = package("normflows")
     scale = ScaleFunction("sigmoid")
 
     def step(s: FlowStep) -> nn.Module:
         channels = len(s.conv.sign)
         block = nf.flows.GlowBlock(channels, 1)
         coupling, conv, actnorm = block.flows
-        coupling.flows[1].param_map = _normflows_net(s.coupling.net, channels)
+        coupling.flows[1].param_map = normflows_net(s.coupling.net, channels)
         with torch.no_grad():
             conv.P.copy_(s.conv.permutation)
             conv.sign_S.copy_(s.conv.sign)
@@ -120,11 +121,11 @@ def _normflows(glow: Glow) -> Peer:
             actnorm.s.copy_(-s.actnorm.log_scale.view(1, -1, 1, 1))
             actnorm.t.copy_(-s.actnorm.bias.view(1, -1, 1, 1))
         actnorm.data_dep_init_done.fill_(1.0)
-        return _backwards(block)
+        return backwards(block)
 
     def split(s: Split) -> nn.Module:
-        net = _normflows_net(s.coupling.net, s.coupling.net[-1].out_channels)
-        return _backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
+        net = normflows_net(s.coupling.net, s.coupling.net[-1].out_channels)
+        return backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
     reference = _with_scale(glow, scale)
     return Peer(multiscale(glow, step, split), lambda: multiscale(reference).double())
@@ -147,7 +148,7 @@ def _reference_of(
 
 
 def _nflows(glow: Glow) -> Peer:
-    _package("nflows")
+    package("nflows")
     transforms = importlib.import_module("nflows.transforms")
     scale = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
 
@@ -186,14 +187,14 @@ def _nflows(glow: Glow) -> Peer:
     return Peer(made, lambda: _reference_of(made, _with_scale(glow, scale), reference_step))
 
 
-def _first_of(block: nn.Module, x: Tensor, **direction: bool) -> tuple[Tensor, Tensor]:
+def first_of(block: nn.Module, x: Tensor, **direction: bool) -> tuple[Tensor, Tensor]:
     """Call FrEIA's block, which has tuples of tensors, on one tensor."""
     (z,), logdet = block((x,), **direction)
     return z, logdet
 
 
 def _freia(glow: Glow) -> Peer:
-    modules = _package("FrEIA.modules")
+    modules = package("FrEIA.modules")
 
     def step(s: FlowStep) -> nn.Module:
         channels = len(s.conv.sign)
@@ -217,7 +218,7 @@ def _freia(glow: Glow) -> Peer:
             block.w_perm_inv.copy_(rotation.t()[:, :, None, None])
             block.global_scale.copy_(log_scale)
             block.global_offset.copy_(bias * log_scale.exp())
-        return Adapted(block, _first_of, partial(_first_of, rev=True))
+        return Adapted(block, first_of, partial(first_of, rev=True))
 
     made = multiscale(glow, step)
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
@@ -228,10 +229,20 @@ def _freia(glow: Glow) -> Peer:
     return Peer(made, lambda: _reference_of(made, glow, reference_step))
 
 
-def _glow_of_this_package(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
+def _glow_of_this_package(
+    glow: Glow, reversible: bool, checkpoint_every: int | None = 8, *, compiled: bool = False
+) -> Peer:
     made = copy.deepcopy(glow)
     made.chain.reversible, made.chain.checkpoint_every = reversible, checkpoint_every
+    if compiled:
+        _compile(made)
     return Peer(made)
+
+
+def _compile(model: Any) -> None:
+    torch._dynamo.reset()
+    for way in ("forward", "inverse"):
+        setattr(model, way, torch.compile(getattr(model, way), dynamic=False))
 
 
 def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -> Peer:
@@ -242,9 +253,7 @@ def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -
             lambda _, inputs: (inputs[0].contiguous(memory_format=torch.channels_last),)
         )
     if compiled:
-        torch._dynamo.reset()
-        for way in ("forward", "inverse"):
-            setattr(made, way, torch.compile(getattr(made, way), dynamic=False))
+        _compile(made)
     return Peer(made)
 
 
@@ -262,12 +271,15 @@ def _inverted(step: FlowStep) -> nn.Module:
 
     # From (x, logdet) to (z, logdet), the form that memcnn can invert.
     carrying = Adapted(Step(step), carry, lambda step, *given: carry(step.inverse, *given))
-    wrapped = _package("memcnn").InvertibleModuleWrapper(carrying, keep_input=False)
+    wrapped = package("memcnn").InvertibleModuleWrapper(carrying, keep_input=False)
     return Adapted(wrapped, lambda wrapped, x: wrapped(x, x.new_zeros(x.shape[0])))
 
 
 BUILDERS: dict[str, Callable[[Glow], Peer]] = {
     "mflow_kernels, stored": partial(_glow_of_this_package, reversible=False),
+    "mflow_kernels, stored, compiled": partial(
+        _glow_of_this_package, reversible=False, compiled=True
+    ),
     "mflow_kernels, reversible": partial(_glow_of_this_package, reversible=True),
     "mflow_kernels, nothing stored": partial(
         _glow_of_this_package, reversible=True, checkpoint_every=None

@@ -19,6 +19,10 @@ class Died(Exception):
     """The reason why a process returned no result."""
 
 
+class Late(Died):
+    """The process took too long, which says nothing about its results."""
+
+
 def in_fresh_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float
 ) -> list[Any]:
@@ -59,6 +63,6 @@ def _received(receiver: Connection, seconds: float) -> Any:
     try:
         if receiver.poll(seconds):
             return receiver.recv()
-        return Died(f"no result within {seconds:g} s")
+        return Late(f"no result within {seconds:g} s")
     except EOFError:
         return Died("the process died")

@@ -65,10 +65,41 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
             ) from None
         if not whole:
             whole = {**content, "benchmarks": [], "not_measured": [], "commands": []}
+        shared = content.get("shared", {})
+        for row in benchmarks:
+            row["extra_info"] = {**shared, **row["extra_info"]}
         whole["benchmarks"] += benchmarks
         whole["not_measured"] += not_measured
         whole["commands"] += commands
     return whole
+
+
+def kept(content: dict[str, Any]) -> str:
+    """Return the file that the repository keeps of a run, as JSON with one line for each row.
+
+    It has rounds to four digits, and what all rows share once. It lacks the name of the machine.
+    """
+    rows = content["benchmarks"]
+    shared = {
+        key: value
+        for key, value in rows[0]["extra_info"].items()
+        if all(row["extra_info"].get(key) == value for row in rows)
+    }
+    short = [
+        {
+            "fullname": row["fullname"],
+            "group": row["group"],
+            "stats": {"data": [float(f"{t:.4g}") for t in row["stats"]["data"]]},
+            "extra_info": {k: v for k, v in row["extra_info"].items() if k not in shared},
+        }
+        for row in rows
+    ]
+    others = {key: content[key] for key in ("commands", "not_measured")}
+    parts = [f'"shared": {json.dumps(shared)}']
+    for key, each in {**others, "benchmarks": short}.items():
+        lines = ",\n".join(json.dumps(one) for one in each)
+        parts.append(f'"{key}": [\n{lines}\n]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def runs(content: dict[str, Any]) -> Runs:

@@ -20,10 +20,13 @@ from torch import nn
 import mflow_kernels
 from benchmarks.harness.measurements import REPLAY, Call, copy_bandwidth, interleaved, peak_of_step
 from benchmarks.harness.output import commit
-from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.processes import Died, Late, in_fresh_processes
 from benchmarks.harness.saved_runs import format_time
 
 SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
+MOST_ROUNDS = 25
+SECONDS_OF_CLAIMS = 285  # after which no group starts
+TIME_LIMIT = "the time limit of"
 
 
 class Missing(Exception):
@@ -69,8 +72,9 @@ class Measured:
                 self.fault(variant, error)
         if not bench.check_only:
             self.seconds = interleaved(
-                prepares, bench.rounds(rounds), bench.device, bench.clock, flush=flush
-            )
+                prepares, bench.rounds(rounds), bench.device, bench.clock, flush=flush,
+                most=bench.most_rounds,
+            )  # fmt: skip
         return prepares
 
     def fault(self, variant: str, error: Exception) -> None:
@@ -106,7 +110,9 @@ class Measured:
         jobs = [(step_of, (*given, variant, bench.device), bench.threads) for variant in variants]
         peaks = in_fresh_processes(_step_peak, jobs, workers, SECONDS_PER_PEAK)
         for variant, peak in zip(variants, peaks, strict=True):
-            if isinstance(peak, Died):
+            if isinstance(peak, Late):
+                self.faults[variant] = Missing(f"peak memory of {variant}: {peak}")
+            elif isinstance(peak, Died):
                 self.fault(variant, RuntimeError(f"peak memory of {variant}: {peak}"))
             else:
                 self.extra[variant]["peak_bytes"] = peak
@@ -134,25 +140,38 @@ class Bench:
     time_limit: float
     chosen_rounds: int | None
     check_only: bool = False
+    claims_only: bool = False  # rounds adapt to the noise, and only progress is shown
+    groups: int = 0  # number of groups to measure
     say: Callable[[str], None] = field(default=lambda line: None)
     started: float = field(default_factory=time.monotonic)
+    begun: int = 0
     last: "tuple[Group, Measured | Exception] | None" = None
 
     def rounds(self, default: int) -> int:
         return self.chosen_rounds or (2 if self.size == "tiny" else default)
+
+    @property
+    def most_rounds(self) -> int:
+        """Claims get more rounds where they are noisy."""
+        return MOST_ROUNDS if self.claims_only and not self.chosen_rounds else 0
+
+    def _progress(self, name: str) -> str:
+        passed = int(time.monotonic() - self.started)
+        return f"[{self.begun}/{self.groups}, {passed // 60}:{passed % 60:02}] {name}"
 
     def record(self, benchmark: BenchmarkFixture, group: "Group", variant: str) -> None:
         """Report a variant to pytest-benchmark. The first call of a group measures all variants."""
         benchmark.group = group.name
         if self.last is None or self.last[0] is not group:
             self.last = None
+            self.begun += 1
             if time.monotonic() - self.started > self.time_limit:
-                pytest.skip(f"the time limit of {self.time_limit:g} s was reached")
-            self.say(f"\n{group.name}")
+                pytest.skip(f"{TIME_LIMIT} {self.time_limit:g} s was reached")
+            self.say(self._progress(group.name))
             try:
                 found = group.measure(self)
                 self.last = group, found
-                for line in lines(found, self.check_only):
+                for line in lines(found, self.check_only, self.claims_only):
                     self.say(line)
             except Exception as error:  # every variant reports it; none measures again
                 traceback.clear_frames(error.__traceback__)
@@ -196,12 +215,15 @@ def measured_row(bench: Bench, benchmark: BenchmarkFixture, group: Group, varian
     bench.record(benchmark, group, variant)
 
 
-def lines(measured: Measured, check_only: bool = False) -> Iterator[str]:
+def lines(measured: Measured, check_only: bool = False, brief: bool = False) -> Iterator[str]:
     """Yield a line for each variant of a group: time, its ratio to the first one's, peak memory,
-    and whether its results agree with the reference, or why it was not measured."""
+    and whether its results agree with the reference, or why it was not measured.
+
+    With `brief`, there are only lines for variants that were not measured.
+    """
     first = next(iter(measured.seconds.values()), [])
     for variant, seconds in measured.seconds.items():
-        if variant in measured.faults:
+        if variant in measured.faults or brief:
             continue
         ratio = median(a / b for a, b in zip(seconds, first, strict=False))
         peak = measured.extra.get(variant, {}).get("peak_bytes")
@@ -244,7 +266,7 @@ def size_and_gpu(config: pytest.Config) -> tuple[str, bool]:
     return size, option("--device").startswith("cuda")
 
 
-def open_bench(config: pytest.Config) -> Bench:
+def open_bench(config: pytest.Config, claims_only: bool, groups: int) -> Bench:
     """Create the Bench of the chosen options, and measure the machine's copy bandwidth."""
     option = config.getoption
     device = torch.device(option("--device"))
@@ -263,10 +285,12 @@ def open_bench(config: pytest.Config) -> Bench:
     }
     if on_gpu:
         torch.cuda.empty_cache()  # other processes measure how much memory is free
-    # The default set must end within ten minutes on slow machines too.
-    limit = option("--time-limit") or (540 if size == "default" else float("inf"))
-    return Bench(device, size, option("--clock"), option("--threads"), environment, limit,
-                 option("--rounds"), option("--check"), _writer(config))  # fmt: skip
+    default = 540 if size == "default" else float("inf")
+    limit = option("--time-limit") or (SECONDS_OF_CLAIMS if claims_only else default)
+    return Bench(
+        device, size, option("--clock"), option("--threads"), environment, limit,
+        option("--rounds"), option("--check"), claims_only, groups, _writer(config),
+    )  # fmt: skip
 
 
 def _writer(config: pytest.Config) -> Callable[[str], None]:

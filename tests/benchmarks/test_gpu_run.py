@@ -38,7 +38,10 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     assert not [row for row in results["not_measured"] if row["outcome"] == "failed"]
     rows = results["benchmarks"]
     kinds = {row["fullname"].split("::")[0].split("_")[-1] for row in rows}
-    assert kinds == {f"{kind}.py" for kind in report.KINDS}
+    # The claims, splines and autoregressive layers are measured on CPUs.
+    assert kinds == {f"{kind}.py" for kind in report.KINDS} - {
+        f"{kind}.py" for kind in ("claims", "splines", "autoregressive")
+    }
     assert all(row["extra_info"]["commit"] == "abc123" for row in rows)
     for row in rows:
         assert min(row["stats"]["data"]) > 0
@@ -50,7 +53,7 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     assert all(e["peak_bytes"] > 4 * e["parameters"] for e in trained if "peak_bytes" in e)
     page = (tmp_path / "out" / "report.md").read_text()
     assert "coupling_conv1x1 backward" in page
-    assert (tmp_path / "out" / "speedup-models.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "ratios.png").stat().st_size > 1000
 
 
 def test_a_rehearsal_has_no_limits_for_its_parts(tmp_path: Path) -> None:

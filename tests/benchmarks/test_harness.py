@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks.harness import session
 from benchmarks.harness.measurements import interleaved, peak_bytes
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.operators import Function, Shape, operations
-from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.processes import Died, Late, in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, Missing, slug
 from mflow_kernels.ops.coupling_network import layer
 from mflow_kernels.testing import tolerance
@@ -114,6 +115,17 @@ def test_errors_skip_peers_and_fail_this_package(monkeypatch) -> None:
     assert measured.extra == {"plain": {"peak_bytes": 8}}
 
 
+def test_slow_processes_skip_rows_and_fail_none(monkeypatch) -> None:
+    (late,) = in_fresh_processes(_fate, ["wait"], workers=1, seconds=0.1)
+    assert isinstance(late, Late)
+    measured = Measured(extra={"mflow_kernels, stored": {}})
+    monkeypatch.setattr(session, "in_fresh_processes", lambda *_: [late])
+    measured.add_peaks(bench(), ["mflow_kernels, stored"], Model, workers=1)
+    (fault,) = measured.faults.values()
+    assert isinstance(fault, Missing)
+    assert "no result within 0.1 s" in str(fault)
+
+
 def test_row_ids_are_words_for_the_k_option() -> None:
     spec = str(Spec(constant=True, precision="bfloat16")).split()
     row = slug(*spec, "train", "mflow_kernels, nothing stored")
@@ -159,6 +171,8 @@ def test_a_process_that_dies_or_raises_says_so() -> None:
 def _fate(what: str) -> str:
     if what == "die":
         os._exit(1)
+    if what == "wait":
+        time.sleep(60)
     if what == "raise":
         raise ValueError("no")
     return what
