@@ -96,7 +96,7 @@ class CouplingNetwork(nn.Sequential):
             for each in self:
                 x = each(x if isinstance(each, nn.ReLU) else x * mask)
             return x
-        layers = [*self._modules.values()]
+        layers: list[Any] = [*self._modules.values()]
         if layers != self._layers:
             self._layers, self._is_glow = layers, is_glow_network(layers)
         if not self._is_glow or has_hooks(*layers):

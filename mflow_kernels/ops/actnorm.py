@@ -208,8 +208,9 @@ class _Loop(torch.autograd.Function):
         if torch.is_grad_enabled():
             reference = actnorm_inverse if ctx.inverse else actnorm
             return *gradients_of(reference, ctx.saved_tensors, (dy, dlogdet)), None
+        x, bias, log_scale = ctx.saved_tensors
         how = ctx.inverse, ctx.needs_input_grad[0]
-        return *cpu.actnorm_backward(dy, dlogdet, *ctx.saved_tensors, *how), None
+        return *cpu.actnorm_backward(dy, dlogdet, x, bias, log_scale, *how), None
 
 
 def _loop(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

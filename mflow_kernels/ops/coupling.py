@@ -144,9 +144,10 @@ def check_params(x: Tensor, params: object, name: str = "params", state: str = "
     """
     n, c, *sides = x.shape
     expected = (n, 2 * (c - c // 2), *sides)
-    usual = type(params) is Tensor and params.shape == expected and params.dtype == x.dtype
-    if usual and c > 1 and params.device == x.device and params.numel() < 2**31:
-        return dense_pixels(params)  # without the checks that find the fault
+    if type(params) is Tensor and params.shape == expected and c > 1:
+        usual = params.dtype == x.dtype and params.device == x.device
+        if usual and params.numel() < 2**31:
+            return dense_pixels(params)  # without the checks that find the fault
     params = flow_state(name, params)
     if c < 2:
         shape = tuple(x.shape)

@@ -27,7 +27,7 @@ def load_extension() -> ModuleType | None:
         return None
 
 
-_C = load_extension()
+_C: Any = load_extension()
 
 
 def serves(x: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -189,7 +189,7 @@ class _Fold(torch.autograd.Function):
 def _fold_rows(k: int, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`fold_ref` of K permutations, K vectors of signs and so on."""
     stacked = (torch.stack([*factors[i : i + k]]).to(dtype) for i in range(0, 7 * k, k))
-    return tuple(fold_ref(*stacked))
+    return fold_ref(*stacked)
 
 
 class _FoldLoop(torch.autograd.Function):
@@ -220,4 +220,4 @@ def _fold_in_order(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fold` of the factors of all steps, one step after the other."""
     steps: list[Any] = [factors[i : i + 7] for i in range(0, len(factors), 7)]
-    return tuple(fold(steps, [""] * len(steps), dtype, inverted=inverted, check=False))
+    return fold(steps, [""] * len(steps), dtype, inverted=inverted, check=False)

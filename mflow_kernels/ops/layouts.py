@@ -53,8 +53,10 @@ def flow_state(name: str, value: object) -> Tensor:
 
     Call this before the operator. The operator's fake derives the output's layout from its input.
     """
-    usual = type(value) is Tensor and value.dim() == 4 and value.dtype in STATE_DTYPES
-    x = dense_pixels(value if usual and 0 not in value.shape else check_state(name, value))
+    x = value
+    if type(x) is not Tensor or x.dim() != 4 or x.dtype not in STATE_DTYPES or 0 in x.shape:
+        x = check_state(name, x)  # not the usual state
+    x = dense_pixels(x)
     if x.numel() >= 2**31 and x.device.type != "cpu":  # most states need no exact check
         check_span(name, x.shape, x.stride())
     return x
