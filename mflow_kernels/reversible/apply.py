@@ -13,8 +13,9 @@ from mflow_kernels.ops.layouts import in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.backward import BackwardPass, Stored
+from mflow_kernels.reversible.draws import random_state, same_random_state
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
-from mflow_kernels.reversible.modes import autocast_state, random_state, same_random_state
+from mflow_kernels.reversible.modes import autocast_state
 from mflow_kernels.reversible.program import Program, keep_layout
 from mflow_kernels.reversible.rerun import RerunCall
 
@@ -121,8 +122,7 @@ def _terms(
 
 @dataclass(kw_only=True)
 class _RecordingPass(ForwardPass):
-    """A forward pass without gradients, which stores every k-th state and the random state of each
-    call that draws."""
+    """A forward pass without gradients, which stores every k-th state and what each call draws."""
 
     ordinals: "count[int]"
     every: int | None
@@ -140,8 +140,10 @@ class _RecordingPass(ForwardPass):
         result = again.first_run(module_input, self.context)
         # Only modules draw random numbers, so each starts from the state that the last one left.
         random = random_state(x.device)
-        if not same_random_state(self._random, random):
-            again.random = self._random
+        if again.drawn is None and not same_random_state(self._random, random):
+            # It begins to draw, or another thread does: run it once more, and record.
+            result = again.first_run(module_input, self.context, draws=True)
+            random = random_state(x.device)
         self._random = random
         return result
 

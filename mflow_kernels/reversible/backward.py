@@ -5,6 +5,7 @@ It undoes the instructions from last to first, and rebuilds each state together 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.rebuild_conv1x1 import Halves
+from mflow_kernels.reversible.graph import without_hooks
 from mflow_kernels.reversible.instructions import Gradients, Instruction, Pair
 from mflow_kernels.reversible.rerun import RerunCall, check_repeats
 
@@ -138,7 +140,8 @@ class BackwardPass:
             return None
         sources = [*call.sources, *(c for c in self.context if c.requires_grad)]
         call.check_sources([y for y, _ in pairs], [module_input, *sources])
-        with call.trained_as_in_forward():
+        hooked = [s for s in sources if s._backward_hooks]
+        with call.trained_as_in_forward(), without_hooks(hooked) if hooked else nullcontext():
             dx, *gradients = torch.autograd.grad(
                 [y for y, _ in pairs],
                 [module_input, *sources],

@@ -32,6 +32,8 @@ class Call(NamedTuple):
 
     module: nn.Module
     function: Callable[..., Any]  # the module itself, or one of its methods
+    inverse: Callable[..., Any] | None = None  # rebuilds its input from its result
+    place: str = ""  # the layer that it came from, if the call is all of it
 
 
 class FoldedWeights(NamedTuple):
@@ -169,15 +171,17 @@ class Layer(Directed, Instruction):
 
     @property
     def calls(self) -> Sequence[Call]:
-        return (self._call(self.inverted),)
+        return (self._call,)
 
-    def _call(self, inverted: bool) -> Call:
+    @property
+    def _call(self) -> Call:
         module: Any = self.module
-        return Call(module, module.inverse if inverted else module)
+        there, back = (module.inverse, module) if self.inverted else (module, module.inverse)
+        return Call(module, there, back, self.place)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         x = forward.x
-        forward.x, logdet = self.checked(x, forward.call(self.calls[0], x, x))
+        forward.x, logdet = self.checked(x, forward.call(self._call, x, x))
         forward.ledger.append(logdet[:, None])
 
     def checked(self, x: Tensor, result: Any) -> tuple[Tensor, Tensor]:
@@ -197,9 +201,8 @@ class Layer(Directed, Instruction):
     def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()
         (z, dz), context = backward.whole(), backward.context
-        rebuild = self._call(not self.inverted).function
         with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
-            x = rebuild(z, *(c.detach() for c in context))[0]
+            x = self._call.inverse(z, *(c.detach() for c in context))[0]
         if stored is not None:
             backward.compare([x], stored[0])
             x = stored[0]

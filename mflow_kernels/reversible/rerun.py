@@ -1,18 +1,20 @@
 """Calling a network or layer a second time so that it repeats its first run.
 
-A reversible backward pass calls each module again. The second run must draw the same random
-numbers, use the same modes and the same autocast, and leave running statistics alone. This module
-arranges that. It cannot restore other state, such as a module's own `torch.Generator` or a counter,
-and the gradients would then be wrong without an error. The first backward pass through a module
-therefore compares fingerprints of both runs, and raises if they differ.
+A reversible backward pass calls each module again. The second run must use the same random
+numbers, the same modes and the same autocast, and leave running statistics alone. This module
+arranges that. It cannot restore other state, such as a counter, and the gradients would then be
+wrong without an error. The first backward pass through a module therefore compares fingerprints of
+both runs, and raises if they differ. The first run also compares what a layer's inverse rebuilds
+with its input.
 
 Gradients are those of tensors that the first run under gradients was *seen* to depend on. A module
 may use tensors that it does not own. A gradient that cannot be given is an error, never missing.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -22,13 +24,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.draws import Drawn, DrewOtherNumbers, Recorded, Repeated
 from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
 from mflow_kernels.reversible.graph import STORE, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
-from mflow_kernels.reversible.modes import RandomState, random_state_of
 
 # Modules with layers that use only what they own.
 PLAIN = ("torch.nn.modules.", "mflow_kernels.layers.networks")
+# An inverse may be iterative, with a tolerance of its own. Low precision rounds by more.
+INVERSE = 1e-3
+# Held while a module's running statistics are hidden, and while a module that updates such
+# statistics runs for the first time: another thread may train the same chain.
+_statistics_lock = threading.RLock()
 
 
 @dataclass
@@ -41,8 +49,7 @@ class Known:
         changes_input: whether it changes its input in place. It then gets a copy.
         keeps_graph: whether its tensors outlived the run, as when hooks collect activations. Each
             run then records a graph that refuses to be differentiated.
-        draws: whether it draws random numbers from the default generators; None until the two runs
-            have been compared.
+        draws: whether it draws random numbers; None until the two runs have been compared.
     """
 
     others: list["weakref.ref[Tensor]"]
@@ -61,15 +68,16 @@ class RerunCall:
 
     Attributes:
         ordinal: its place in the order of the calls of a program.
-        random: the random state from which its first run started; None if it drew no numbers.
+        drawn: what its first run drew; None if that was not recorded.
     """
 
-    random: "RandomState | None" = None
+    drawn: list[Drawn | None] | None = None
     _fingerprints: list[Tensor] | None = None  # of the first run, if the second must be compared
     difference: Tensor | None = None  # of the two runs, if they were compared
 
     def __init__(self, call: Call, ordinal: int = 0) -> None:
         self.module, self.function, self.ordinal = call.module, call.function, ordinal
+        self._call = call
         self._modules = modules = _modules_of(call.module)
         self._modes = tuple(m.training for m in modules)
         self._norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
@@ -87,7 +95,7 @@ class RerunCall:
 
     @property
     def name(self) -> str:
-        return f"network {self.ordinal} ({type(self.module).__name__})"
+        return f"{self._call.place or f'network {self.ordinal}'} ({type(self.module).__name__})"
 
     @cached_property
     def sources(self) -> list[Tensor]:
@@ -112,24 +120,51 @@ class RerunCall:
                 if b is not None and not b.is_inference():
                     yield m, name, b
 
-    def first_run(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
+    def first_run(
+        self, module_input: Tensor, context: Sequence[Tensor], *, draws: bool = False
+    ) -> Any:
         """Call the module as the forward pass does, without gradients.
+
+        Args:
+            draws: record what it draws, also if its first run under gradients drew nothing.
 
         Raises:
             RuntimeError: its result depends on tensors whose gradient the backward pass cannot
-                give, or it changed its input unexpectedly.
+                give, it changed its context, or changed its input unexpectedly.
             TypeError: it has lazy parameters that no call has initialized.
         """
+        versions = _versions(context)
+        with _statistics_lock if self._norms else nullcontext():
+            result = self._first_run(module_input, context, draws)
+        if versions and versions != _versions(context):
+            self._raise("changed its context in place, which its second run would change again")
+        return result
+
+    def _first_run(self, module_input: Tensor, context: Sequence[Tensor], draws: bool) -> Any:
         # A call initializes lazy parameters, and changes the types of their modules.
         if self.known is None and any(nn.parameter.is_lazy(p) for _, _, p, _ in self._parameters):
             raise TypeError(
                 f"ReversibleChain: {self.name} has lazy parameters; call `initialize` with a first "
                 "batch before"
             )
-        if capturing(module_input.device):
-            self._check_capturable()
-        if (self.known is None or self.known.draws is None) and not module_input.is_meta:
+        unseen = self.known is None or self.known.draws is None
+        if unseen and capturing(module_input.device):
+            raise RuntimeError(
+                "ReversibleChain: before capturing a CUDA graph, run one forward and backward "
+                "pass, which shows what a network does"
+            )
+        if unseen and not module_input.is_meta:
             return self._run_seen(module_input, context)
+        known = self.known
+        if known is not None and (known.draws or draws):
+            known.draws = True
+            with Recorded(module_input.device) as recorded:
+                result = self._run_known(module_input, context)
+            self.drawn = recorded.drawn
+            return result
+        return self._run_known(module_input, context)
+
+    def _run_known(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         known = self.known
         if known is not None and known.keeps_graph:
             return _detached(self._run_guarded(module_input, context)[0])
@@ -166,8 +201,9 @@ class RerunCall:
             (m, {k: None if b is None else b.clone() for k, b in m._buffers.items()})
             for m in self._norms
         ]
-        with self._recorded(saved):
+        with self._recorded(saved), Recorded(module_input.device) as recorded:
             result, leaves, given, guard = self._run_guarded(module_input, context)
+        self.drawn = recorded.drawn if any(recorded.drawn) else None
         tensors = _tensors(result)
         found = self._leaves_behind(tensors, guard._sequence_nr())
         owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
@@ -181,7 +217,32 @@ class RerunCall:
         known.keeps_graph = alive() is not None
         self.known = _known.setdefault(self.module, {}).setdefault(self._key, known)
         self.known.others, self.known.keeps_graph = known.others, known.keeps_graph
+        if self._call.inverse is not None:
+            self._check_inverse(self._call.inverse, module_input, result, context)
         return result
+
+    @torch.no_grad()
+    def _check_inverse(
+        self, inverse: Any, x: Tensor, result: Any, context: Sequence[Tensor]
+    ) -> None:
+        """Raise RuntimeError unless the inverse rebuilds the input x from the result."""
+        z = result[0] if isinstance(result, (tuple, list)) else None
+        if not isinstance(z, Tensor):
+            return  # the instruction says what is wrong
+        with self.as_in_forward():
+            rebuilt = inverse(z, *context)[0]
+        if rebuilt.shape != x.shape:
+            distance, got = float("inf"), f"a state of shape {tuple(rebuilt.shape)}"
+        else:
+            dtype = accumulator(x.dtype)
+            off, *sizes = (t.to(dtype).norm() for t in (rebuilt - x, x, z))
+            distance = (off / torch.maximum(*sizes)).item()  # NaN if the run has diverged
+            got = f"a state at a relative distance of {distance:.2g}"
+        if distance > max(INVERSE, 8 * torch.finfo(x.dtype).eps):
+            self._raise(
+                f"is not undone by its inverse, which rebuilds {got} from the input; the inverse "
+                "is wrong, or a hook changes what the layer returns"
+            )
 
     def _leaves_behind(self, outputs: Sequence[Tensor], start: int) -> list[Tensor]:
         """The leaves that the outputs depend on.
@@ -197,6 +258,11 @@ class RerunCall:
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 leaves[id(leaf)] = leaf
+            elif type(node).__name__ == "CheckpointFunctionBackward":
+                self._raise(
+                    "uses torch.utils.checkpoint with use_reentrant=True, which has no gradients "
+                    "for torch.autograd.grad; use_reentrant=False has them"
+                )
             elif node._sequence_nr() < start:
                 self._raise(
                     "uses a tensor that was computed outside of it from tensors that require "
@@ -228,8 +294,7 @@ class RerunCall:
         self.difference = difference(self._fingerprints, again)
         return result
 
-    @contextmanager
-    def as_in_forward(self) -> Iterator[None]:
+    def as_in_forward(self) -> AbstractContextManager[None]:
         """Restore the modes and random numbers of the first run, and hide running statistics."""
         for store, name, p, _ in self._parameters:
             if store.get(name) is not p:
@@ -239,6 +304,16 @@ class RerunCall:
                 )
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
+        if switched or self._norms or self.drawn:
+            return self._restored(switched)
+        return self.trained_as_in_forward()
+
+    @contextmanager
+    def _restored(self, switched: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+        with _statistics_lock if self._norms else nullcontext():
+            yield from self._restored_alone(switched)
+
+    def _restored_alone(self, switched: list[tuple[nn.Module, bool]]) -> Iterator[None]:
         buffers = [(m, dict(m._buffers)) for m in self._norms]
         for module, mode in switched:
             module.training = mode
@@ -249,26 +324,22 @@ class RerunCall:
             # The runs save the same tensors only if both have statistics.
             for m, before in self._statistics:
                 m._buffers.update(before)
+        repeated = Repeated(self.drawn) if self.drawn else nullcontext()
         try:
-            with random_state_of(self.random), self.trained_as_in_forward():
+            with repeated, self.trained_as_in_forward():
                 yield
+        except DrewOtherNumbers:
+            self.raise_not_repeated("drew other random numbers")
         finally:
             for m, original in buffers:
                 m._buffers.update(original)
             for module, mode in switched:
                 module.training = not mode
 
-    @contextmanager
-    def trained_as_in_forward(self) -> Iterator[None]:
+    def trained_as_in_forward(self) -> AbstractContextManager[None]:
         """Require gradients of those parameters that required them in the forward pass."""
         changed = [(p, flag) for *_, p, flag in self._parameters if p.requires_grad is not flag]
-        for p, flag in changed:
-            p.requires_grad_(flag)
-        try:
-            yield
-        finally:
-            for p, flag in changed:
-                p.requires_grad_(not flag)
+        return _trained(changed) if changed else nullcontext()
 
     @contextmanager
     def _recorded(self, saved: list[Tensor]) -> Iterator[None]:
@@ -309,27 +380,30 @@ class RerunCall:
     def raise_not_repeated(self, what: str) -> NoReturn:
         raise RuntimeError(
             f"ReversibleChain: run again in the backward pass, {self.name} {what}: it has state "
-            "that cannot be restored, such as its own torch.Generator, a counter, or a buffer that "
-            f"it changes. Its gradients would be wrong; {STORE}"
+            "that cannot be restored, such as a counter, a buffer that it changes, or random "
+            f"numbers from outside of torch. Its gradients would be wrong; {STORE}"
         )
 
     def remember(self, draws: bool) -> None:
         """Record that its two runs agreed in these modes, and whether they drew random numbers."""
         _known.setdefault(self.module, {}).setdefault(self._key, Known([])).draws = draws
 
-    def _check_capturable(self) -> None:
-        """Raise RuntimeError unless the module can run twice in a CUDA graph, which cannot restore
-        the random state."""
-        if self.known is None or self.known.draws is None:
-            raise RuntimeError(
-                "ReversibleChain: before capturing a CUDA graph, run one forward and backward "
-                "pass, which shows whether a network draws random numbers"
-            )
-        if self.known.draws:
-            raise RuntimeError(
-                f"ReversibleChain: {self.name} draws random numbers, which a CUDA graph cannot "
-                "draw a second time in the backward pass; reversible=False allows that"
-            )
+
+@contextmanager
+def _trained(changed: Sequence[tuple[Tensor, bool]]) -> Iterator[None]:
+    """Set whether these parameters require gradients."""
+    for p, flag in changed:
+        p.requires_grad_(flag)
+    try:
+        yield
+    finally:
+        for p, flag in changed:
+            p.requires_grad_(not flag)
+
+
+def _versions(context: Sequence[Any]) -> list[int]:
+    """Counts of the changes in place of tensors."""
+    return [c._version for c in context if isinstance(c, Tensor) and not c.is_inference()]
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:
@@ -377,4 +451,4 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
     for call, value in zip(differences, found, strict=True):
         if value > ROUNDING:
             call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
-        call.remember(draws=call.random is not None)
+        call.remember(draws=call.drawn is not None)
