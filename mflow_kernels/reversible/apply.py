@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +161,7 @@ class _Segment:
         sources: the leaves to which its node passes gradients. A leaf that several segments use
             belongs to the first of them, which is undone last.
         last: whether it is the last part.
+        joins, splits: the number of latents that it appends to the state and splits off it.
     """
 
     instructions: Sequence[Instruction]
@@ -168,14 +169,8 @@ class _Segment:
     calls: list[RerunCall]
     sources: list[Tensor]
     last: bool
-
-    @property
-    def joins(self) -> int:
-        return sum(i.joins for i in self.instructions)
-
-    @property
-    def splits(self) -> int:
-        return sum(i.splits for i in self.instructions)
+    joins: int
+    splits: int
 
 
 @dataclass
@@ -211,20 +206,31 @@ def _apply_reversibly(
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.
         folded = [i.fold(dtype) for i in part]
-        first = len(waiting) - sum(i.joins for i in part)
+        joins = 0
+        for instruction in part:
+            joins += instruction.joins
+        first = len(waiting) - joins
         joined, waiting = waiting[first:], waiting[:first]
         given = x.detach(), [z.detach() for z in joined], detached
         forward = _RecordingPass(*given, ordinals=ordinals, every=checkpoint_every)
         with torch.no_grad(), torch.autocast(**record.autocast):
             shared_pixels = _run(part, folded, forward)
         shared += _shared(folded, shared_pixels)
-        sources = {id(t): t for call in forward.calls for t in call.sources if id(t) not in seen}
+        sources: dict[int, Tensor] = {}
+        for call in forward.calls:
+            for t in call.sources:
+                if id(t) not in seen:
+                    sources[id(t)] = t
         seen.update(sources)
         folds = [f is not None for f in folded]
         last = part is parts[-1]
-        segment = _Segment(part, folds, forward.calls, list(sources.values()), last)
+        splits = len(forward.latents)
+        segment = _Segment(part, folds, forward.calls, [*sources.values()], last, joins, splits)
         record.segments.append(segment)
-        weights = [t for f in folded if f is not None for t in (f.weight, f.bias)]
+        weights: list[Tensor] = []
+        for f in folded:
+            if f is not None:
+                weights += f.weight, f.bias
         # All outputs pass through the last node, so autograd runs that node's backward first.
         others = outputs if last else ()
         x, *own = _SegmentFunction.apply(
@@ -265,11 +271,15 @@ class _SegmentFunction(torch.autograd.Function):
         ctx.starts = segment.last
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[3]
         first_and_last = (*((forward.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
-        stored = (t for pair in forward.stored.values() for t in pair)
+        stored = [*chain.from_iterable(forward.stored.values())]
         # Saving sources and buffers lets autograd detect changes in place before the backward pass.
-        buffers = {id(b): b for call in forward.calls for b in call.buffers}.values()
+        buffers: dict[int, Tensor] = {}
+        for call in forward.calls:
+            for b in call.buffers:
+                buffers[id(b)] = b
         ctx.save_for_backward(
-            *(*first_and_last, *forward.latents, *stored), *(*context, *weights, *sources, *buffers)
+            *(*first_and_last, *forward.latents, *stored),
+            *(*context, *weights, *sources, *buffers.values()),
         )
         ledger, _ = _terms(forward.x, forward.ledger, ())
         return forward.x, *others, ledger, *forward.latents
@@ -294,7 +304,7 @@ class _SegmentFunction(torch.autograd.Function):
             2 * len(ctx.stored_at),
             *ctx.lengths[:2],
         )
-        dlatents = [in_layout_of(z, dz) for z, dz in zip(latents, dlatents, strict=True)]
+        dlatents = [*map(in_layout_of, latents, dlatents)]
         if starts:
             dx = in_layout_of(starts[0], dx)  # see `keep_layout`
             record.backward = BackwardPass(starts[0], dx, context, record.autocast)
@@ -323,12 +333,15 @@ class _SegmentFunction(torch.autograd.Function):
         dsources = [gradients.pop(id(t), None) for t in segment.sources]
         return (
             *(None, None, None, dx, *backward.joined, *dcontext),
-            *(d for pair in dweights if pair is not None for d in pair),
+            *chain.from_iterable(pair for pair in dweights if pair is not None),
             *(*dsources, *dothers),
         )
 
 
 def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:
     """Split into consecutive pieces of these lengths, and a last piece with the rest."""
-    rest = iter(tensors)
-    return [*(tuple(islice(rest, length)) for length in lengths), tuple(rest)]
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(tuple(tensors[start : start + length]))
+        start += length
+    return [*pieces, tuple(tensors[start:])]

@@ -135,18 +135,23 @@ class BackwardPass:
         Returns:
             The gradient of its input. Those of parameters and context are added to `gradients`.
         """
-        pairs = [(y, dy) for y, dy in zip(outputs, doutputs, strict=True) if y.requires_grad]
-        if not pairs:
+        ys, dys, sources, hooked = [], [], [*call.sources], []
+        for y, dy in zip(outputs, doutputs, strict=True):
+            if y.requires_grad:
+                ys.append(y)
+                dys.append(dy)
+        if not ys:
             return None
-        sources = [*call.sources, *(c for c in self.context if c.requires_grad)]
-        call.check_sources([y for y, _ in pairs], [module_input, *sources])
-        hooked = [s for s in sources if s._backward_hooks]
+        for c in self.context:
+            if c.requires_grad:
+                sources.append(c)
+        for source in call.sources:
+            if source._backward_hooks:
+                hooked.append(source)
+        call.check_sources(ys, [module_input, *sources])
         with call.trained_as_in_forward(), without_hooks(hooked) if hooked else nullcontext():
             dx, *gradients = torch.autograd.grad(
-                [y for y, _ in pairs],
-                [module_input, *sources],
-                [dy for _, dy in pairs],
-                allow_unused=True,
+                ys, [module_input, *sources], dys, allow_unused=True
             )
         for source, g in zip(sources, gradients, strict=True):
             if g is not None:

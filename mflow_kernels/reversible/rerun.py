@@ -78,17 +78,26 @@ class RerunCall:
     def __init__(self, call: Call, ordinal: int = 0) -> None:
         self.module, self.function, self.ordinal = call.module, call.function, ordinal
         self._call = call
+        # One loop without calls in Python, since each step runs it for each network.
         self._modules = modules = _modules_of(call.module)
-        self._modes = tuple(m.training for m in modules)
-        self._norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
+        self._norms: list[_NormBase] = []
         self._parameters: list[tuple[dict[str, Tensor], str, Tensor, bool]] = []
-        hooks = 0
+        self._buffers: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        hooks, modes = 0, []
         for m in modules:
+            modes.append(m.training)
             hooks += len(m._forward_hooks) + len(m._forward_pre_hooks)
-            store = _parameters_of(m)
-            for name, p in store.items():
+            scripted = isinstance(m, torch.jit.ScriptModule)
+            parameters: Any = _parameters_of(m) if scripted else m._parameters
+            buffers: Any = _buffers_of(m) if scripted else m._buffers
+            for name, p in parameters.items():
                 if p is not None:
-                    self._parameters.append((store, name, p, p.requires_grad))
+                    self._parameters.append((parameters, name, p, p.requires_grad))
+            if m.training and isinstance(m, _NormBase):
+                self._norms.append(m)
+            elif buffers:
+                self._buffers.append((m, buffers))
+        self._modes = tuple(modes)
         types = tuple(map(type, modules))
         self._key = getattr(call.function, "__name__", ""), types, self._modes, hooks
         self.known = _known.get(self.module, {}).get(self._key)
@@ -101,9 +110,14 @@ class RerunCall:
     def sources(self) -> list[Tensor]:
         """The leaves that the call depends on and that require gradients, known after the first
         run."""
-        owned = [p for *_, p, trained in self._parameters if trained]
-        others = [ref() for ref in self.known.others] if self.known else []
-        found = {id(t): t for t in (*owned, *others) if t is not None}
+        found: dict[int, Tensor] = {}
+        for *_, p, trained in self._parameters:
+            if trained:
+                found[id(p)] = p
+        for ref in self.known.others if self.known else ():
+            t = ref()
+            if t is not None:
+                found[id(t)] = t
         return list(found.values())
 
     @property
@@ -112,11 +126,11 @@ class RerunCall:
 
         In training, a norm uses the statistics of its batch and not the running ones.
         """
-        return [b for *_, b in self._named_buffers()]
+        return [b for *_, b in self._named_buffers()] if self._buffers else []
 
     def _named_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        for m in self._modules:
-            for name, b in () if m in self._norms else _buffers_of(m).items():
+        for m, buffers in self._buffers:
+            for name, b in buffers.items():
                 if b is not None and not b.is_inference():
                     yield m, name, b
 
@@ -133,7 +147,7 @@ class RerunCall:
                 give, it changed its context, or changed its input unexpectedly.
             TypeError: it has lazy parameters that no call has initialized.
         """
-        versions = _versions(context)
+        versions = _versions(context) if context else []
         with _statistics_lock if self._norms else nullcontext():
             result = self._first_run(module_input, context, draws)
         if versions and versions != _versions(context):
@@ -302,8 +316,10 @@ class RerunCall:
                     "ReversibleChain: after the forward pass a parameter was replaced by another "
                     "tensor (as torch.func.functional_call does); reversible=False allows that"
                 )
-        pairs = zip(self._modules, self._modes, strict=True)
-        switched = [(m, mode) for m, mode in pairs if m.training is not mode]
+        switched = []
+        for m, mode in zip(self._modules, self._modes, strict=True):
+            if m.training is not mode:
+                switched.append((m, mode))
         if switched or self._norms or self.drawn:
             return self._restored(switched)
         return self.trained_as_in_forward()
@@ -338,7 +354,10 @@ class RerunCall:
 
     def trained_as_in_forward(self) -> AbstractContextManager[None]:
         """Require gradients of those parameters that required them in the forward pass."""
-        changed = [(p, flag) for *_, p, flag in self._parameters if p.requires_grad is not flag]
+        changed = []
+        for *_, p, flag in self._parameters:
+            if p.requires_grad is not flag:
+                changed.append((p, flag))
         return _trained(changed) if changed else nullcontext()
 
     @contextmanager
@@ -409,10 +428,14 @@ def _versions(context: Sequence[Any]) -> list[int]:
 def _modules_of(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, torch.jit.ScriptModule):
         return list(module.modules())
-    modules = [module]
-    for m in modules:  # `module.modules()` takes three times as long
-        modules += [child for child in m._modules.values() if child is not None]
-    return list(dict.fromkeys(modules))
+    modules = {module: None}
+    waiting = [module]
+    for m in waiting:  # `module.modules()` takes three times as long
+        for child in m._modules.values():
+            if child is not None and child not in modules:
+                modules[child] = None
+                waiting.append(child)
+    return waiting
 
 
 def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
@@ -444,7 +467,10 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
     Raises:
         RuntimeError: a module computed something else.
     """
-    differences = {c: c.difference for c in calls if c.difference is not None}
+    differences = {}
+    for call in calls:
+        if call.difference is not None:
+            differences[call] = call.difference
     if not differences:
         return
     found = torch.stack(list(differences.values())).tolist()
