@@ -229,13 +229,17 @@ def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
     """The instructions of a layer.
 
     If a subclass overrides `forward` or `inverse` but not `instructions`, the chain calls the layer
-    instead of running the instructions that it inherits.
+    instead of running the instructions that it inherits. It also calls a layer with hooks of its
+    own, unless that splits off latents.
     """
     if isinstance(layer, ReversibleChain):
         return layer.instructions()
     kind: type = type(layer)
     own = isinstance(layer, Bijection) and _instructions_are_current(kind)
     found = layer.instructions() if own else [Layer(layer)]  # type: ignore[operator]
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    if hooks and not any(instruction.splits for instruction in found):
+        found = [Layer(layer)]
     return [instruction.at(place) for instruction in found]
 
 

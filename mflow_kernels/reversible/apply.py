@@ -12,7 +12,7 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.reversible.backward import BackwardPass, Stored
+from mflow_kernels.reversible.backward import BackwardPass, Stored, as_leaves
 from mflow_kernels.reversible.draws import random_state, same_random_state
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
 from mflow_kernels.reversible.modes import autocast_state
@@ -199,9 +199,7 @@ def _apply_reversibly(
     record = _Record(record_drift, autocast_state(x.device))
     outputs: tuple[Tensor, ...] = ()
     shared: list[Tensor] = []
-    detached = [
-        c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in context
-    ]
+    detached = as_leaves(context)
     parts = program.segments()
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.

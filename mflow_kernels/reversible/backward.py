@@ -26,6 +26,14 @@ class Stored(NamedTuple):
     module_input: Tensor
 
 
+def as_leaves(context: Sequence[Any]) -> list[Any]:
+    """The context as leaves of a graph of its own. It may contain None."""
+    leaves = []
+    for c in context:
+        leaves.append(c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c)
+    return leaves
+
+
 class BackwardPass:
     """The state between two instructions, its gradient, and the gradients found so far.
 
@@ -47,7 +55,7 @@ class BackwardPass:
         self, x: Tensor, dx: Tensor, context: Sequence[Tensor], autocast: dict[str, Any]
     ) -> None:
         self.autocast = autocast
-        self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
+        self.context = as_leaves(context)
         self.gradients: dict[int, Tensor] = {}
         self.joined: list[Tensor] = []
         self._differences: list[list[Tensor]] = []  # of each state that was compared
@@ -143,7 +151,7 @@ class BackwardPass:
         if not ys:
             return None
         for c in self.context:
-            if c.requires_grad:
+            if c is not None and c.requires_grad:
                 sources.append(c)
         for source in call.sources:
             if source._backward_hooks:

@@ -202,7 +202,7 @@ class Layer(Directed, Instruction):
         again, stored = backward.next_call()
         (z, dz), context = backward.whole(), backward.context
         with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
-            x = self._call.inverse(z, *(c.detach() for c in context))[0]
+            x = self._call.inverse(z, *context)[0]
         if stored is not None:
             backward.compare([x], stored[0])
             x = stored[0]

@@ -15,13 +15,14 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.ops.precision import accumulator
@@ -29,6 +30,15 @@ from mflow_kernels.reversible.draws import Drawn, DrewOtherNumbers, Recorded, Re
 from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
 from mflow_kernels.reversible.graph import STORE, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
+from mflow_kernels.reversible.modules import (
+    buffers_of,
+    detached,
+    modules_of,
+    parameters_of,
+    tensors,
+    trained,
+    versions,
+)
 
 # Modules with layers that use only what they own.
 PLAIN = ("torch.nn.modules.", "mflow_kernels.layers.networks")
@@ -45,6 +55,7 @@ class Known:
 
     Attributes:
         others: the leaves that it depends on and does not own.
+        inner: the shapes of leaves that it made and that did not outlive the run.
         plain: whether it has modules of torch alone, which use no tensors but their own.
         changes_input: whether it changes its input in place. It then gets a copy.
         keeps_graph: whether its tensors outlived the run, as when hooks collect activations. Each
@@ -53,6 +64,7 @@ class Known:
     """
 
     others: list["weakref.ref[Tensor]"]
+    inner: set[torch.Size] = field(default_factory=set)
     plain: bool = False
     changes_input: bool = False
     keeps_graph: bool = False
@@ -79,7 +91,7 @@ class RerunCall:
         self.module, self.function, self.ordinal = call.module, call.function, ordinal
         self._call = call
         # One loop without calls in Python, since each step runs it for each network.
-        self._modules = modules = _modules_of(call.module)
+        self._modules = modules = modules_of(call.module)
         self._norms: list[_NormBase] = []
         self._parameters: list[tuple[dict[str, Tensor], str, Tensor, bool]] = []
         self._buffers: list[tuple[nn.Module, dict[str, Tensor]]] = []
@@ -88,8 +100,8 @@ class RerunCall:
             modes.append(m.training)
             hooks += len(m._forward_hooks) + len(m._forward_pre_hooks)
             scripted = isinstance(m, torch.jit.ScriptModule)
-            parameters: Any = _parameters_of(m) if scripted else m._parameters
-            buffers: Any = _buffers_of(m) if scripted else m._buffers
+            parameters: Any = parameters_of(m) if scripted else m._parameters
+            buffers: Any = buffers_of(m) if scripted else m._buffers
             for name, p in parameters.items():
                 if p is not None:
                     self._parameters.append((parameters, name, p, p.requires_grad))
@@ -111,8 +123,8 @@ class RerunCall:
         """The leaves that the call depends on and that require gradients, known after the first
         run."""
         found: dict[int, Tensor] = {}
-        for *_, p, trained in self._parameters:
-            if trained:
+        for *_, p, flag in self._parameters:
+            if flag:
                 found[id(p)] = p
         for ref in self.known.others if self.known else ():
             t = ref()
@@ -147,10 +159,10 @@ class RerunCall:
                 give, it changed its context, or changed its input unexpectedly.
             TypeError: it has lazy parameters that no call has initialized.
         """
-        versions = _versions(context) if context else []
+        before = versions(context) if context else []
         with _statistics_lock if self._norms else nullcontext():
             result = self._first_run(module_input, context, draws)
-        if versions and versions != _versions(context):
+        if before and before != versions(context):
             self._raise("changed its context in place, which its second run would change again")
         return result
 
@@ -181,7 +193,7 @@ class RerunCall:
     def _run_known(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         known = self.known
         if known is not None and known.keeps_graph:
-            return _detached(self._run_guarded(module_input, context)[0])
+            return detached(self._run_guarded(module_input, context)[0])
         given = module_input.clone() if known is not None and known.changes_input else module_input
         version = given._version
         result = self.function(given, *context)
@@ -218,19 +230,22 @@ class RerunCall:
         with self._recorded(saved), Recorded(module_input.device) as recorded:
             result, leaves, given, guard = self._run_guarded(module_input, context)
         self.drawn = recorded.drawn if any(recorded.drawn) else None
-        tensors = _tensors(result)
-        found = self._leaves_behind(tensors, guard._sequence_nr())
+        outputs = tensors(result)
+        found = self._leaves_behind(outputs, guard._sequence_nr())
         owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
-        known = Known([weakref.ref(leaf) for leaf in found if id(leaf) not in owned])
+        shapes = {weakref.ref(leaf): leaf.shape for leaf in found if id(leaf) not in owned}
+        known = Known([*shapes])
         known.plain = all(type(m).__module__.startswith(PLAIN) for m in self._modules)
         known.changes_input = given._version > 0
-        self._fingerprints = [fingerprint(t) for t in (*saved, *tensors)]
-        result = _detached(result)
+        self._fingerprints = [fingerprint(t) for t in (*saved, *outputs)]
+        result = detached(result)
         alive = weakref.ref(guard)
-        del tensors, given, guard, leaves, saved
+        del outputs, given, guard, leaves, saved, found
         known.keeps_graph = alive() is not None
+        known.inner = {shape for leaf, shape in shapes.items() if leaf() is None}
         self.known = _known.setdefault(self.module, {}).setdefault(self._key, known)
         self.known.others, self.known.keeps_graph = known.others, known.keeps_graph
+        self.known.inner = known.inner
         if self._call.inverse is not None:
             self._check_inverse(self._call.inverse, module_input, result, context)
         return result
@@ -302,9 +317,9 @@ class RerunCall:
             with self._recorded(saved):
                 result = self.function(given, *context)
             for module, name, buffer, version in before:
-                if _buffers_of(module).get(name) is not buffer or buffer._version != version:
+                if buffers_of(module).get(name) is not buffer or buffer._version != version:
                     self.raise_not_repeated(f"changed its buffer {name} again")
-        again = [fingerprint(t) for t in (*saved, *_tensors(result))]
+        again = [fingerprint(t) for t in (*saved, *tensors(result))]
         self.difference = difference(self._fingerprints, again)
         return result
 
@@ -316,6 +331,14 @@ class RerunCall:
                     "ReversibleChain: after the forward pass a parameter was replaced by another "
                     "tensor (as torch.func.functional_call does); reversible=False allows that"
                 )
+        if parametrize._cache_enabled and any(
+            isinstance(m, parametrize.ParametrizationList) for m in self._modules
+        ):
+            self._raise(
+                "has parametrized weights, and the backward pass runs inside of "
+                "torch.nn.utils.parametrize.cached(), which has those of the forward pass "
+                "without gradients; leave it before the backward pass"
+            )
         switched = []
         for m, mode in zip(self._modules, self._modes, strict=True):
             if m.training is not mode:
@@ -358,7 +381,7 @@ class RerunCall:
         for *_, p, flag in self._parameters:
             if p.requires_grad is not flag:
                 changed.append((p, flag))
-        return _trained(changed) if changed else nullcontext()
+        return trained(changed) if changed else nullcontext()
 
     @contextmanager
     def _recorded(self, saved: list[Tensor]) -> Iterator[None]:
@@ -368,7 +391,7 @@ class RerunCall:
         if isinstance(self.module, torch.jit.ScriptModule):  # its runs save other tensors
             yield
             return
-        known = {id(b) for m in self._modules for b in _buffers_of(m).values()}
+        known = {id(b) for m in self._modules for b in buffers_of(m).values()}
         known |= {id(p) for _, _, p, _ in self._parameters}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -387,7 +410,8 @@ class RerunCall:
         given = set(map(id, inputs))
         for node in nodes_behind(outputs):
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in given:
+            inner = leaf is None or leaf.shape in self.known.inner
+            if not inner and id(leaf) not in given:
                 self._raise(
                     f"depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and "
                     "that it did not use in its first run; it would get no gradient"
@@ -406,59 +430,6 @@ class RerunCall:
     def remember(self, draws: bool) -> None:
         """Record that its two runs agreed in these modes, and whether they drew random numbers."""
         _known.setdefault(self.module, {}).setdefault(self._key, Known([])).draws = draws
-
-
-@contextmanager
-def _trained(changed: Sequence[tuple[Tensor, bool]]) -> Iterator[None]:
-    """Set whether these parameters require gradients."""
-    for p, flag in changed:
-        p.requires_grad_(flag)
-    try:
-        yield
-    finally:
-        for p, flag in changed:
-            p.requires_grad_(not flag)
-
-
-def _versions(context: Sequence[Any]) -> list[int]:
-    """Counts of the changes in place of tensors."""
-    return [c._version for c in context if isinstance(c, Tensor) and not c.is_inference()]
-
-
-def _modules_of(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, torch.jit.ScriptModule):
-        return list(module.modules())
-    modules = {module: None}
-    waiting = [module]
-    for m in waiting:  # `module.modules()` takes three times as long
-        for child in m._modules.values():
-            if child is not None and child not in modules:
-                modules[child] = None
-                waiting.append(child)
-    return waiting
-
-
-def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, torch.jit.ScriptModule):
-        return dict(module.named_parameters(recurse=False))
-    return module._parameters  # type: ignore[return-value]
-
-
-def _buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, torch.jit.ScriptModule):
-        return dict(module.named_buffers(recurse=False))
-    return module._buffers  # type: ignore[return-value]
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    parts = result if isinstance(result, (tuple, list)) else (result,)
-    return [t for t in parts if isinstance(t, Tensor)]
-
-
-def _detached(result: Any) -> Any:
-    if isinstance(result, (tuple, list)):
-        return type(result)(map(_detached, result))
-    return result.detach() if isinstance(result, Tensor) else result
 
 
 def check_repeats(calls: Sequence[RerunCall]) -> None:

@@ -101,6 +101,20 @@ def test_parametrized_weights(part: str, backwards: bool) -> None:
     assert_all_close(got, want, terms=1000)
 
 
+def test_cached_weights_are_an_error_in_the_backward_pass() -> None:
+    chain = chain_of(Net)
+    for step in chain.layers:
+        parametrize.register_parametrization(step.coupling.net.layers[0], "weight", Soft())
+    for _ in range(2):
+        with parametrize.cached():
+            loss = loss_of(*chain(X))
+            with pytest.raises(RuntimeError, match=r"network 2 .* leave it before the backward"):
+                loss.backward()
+        with parametrize.cached():
+            loss = loss_of(*chain(X))
+        loss.backward()
+
+
 class Kept(Net):
     """A network that keeps its hidden tensor, for a penalty."""
 
@@ -180,6 +194,16 @@ class OwnGenerator(Net):
         return torch.native_dropout(y, 0.5, True)[0]
 
 
+class Differentiates(Net):
+    """A network that uses its own derivative, with a leaf that it makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.layers(leaf).sum(), leaf, create_graph=True)
+        return self.layers(x + slope)
+
+
 class Attention(nn.MultiheadAttention):
     def __init__(self) -> None:
         super().__init__(2, 2, dropout=0.5)
@@ -191,6 +215,7 @@ class Attention(nn.MultiheadAttention):
 RERUN: dict[str, Callable[[], nn.Module]] = {
     "changes its input": ChangesItsInput,
     "starts in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 4)),
+    "differentiates": Differentiates,
     "own generator": OwnGenerator,
     "attention with dropout": Attention,
     "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4))),
