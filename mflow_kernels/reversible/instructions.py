@@ -201,8 +201,9 @@ class Layer(Directed, Instruction):
     def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()
         (z, dz), context = backward.whole(), backward.context
+        rebuild: Any = self._call.inverse
         with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
-            x = self._call.inverse(z, *context)[0]
+            x = rebuild(z, *context)[0]
         if stored is not None:
             backward.compare([x], stored[0])
             x = stored[0]

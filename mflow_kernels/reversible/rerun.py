@@ -405,12 +405,13 @@ class RerunCall:
 
     def check_sources(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """Raise RuntimeError if outputs depend on a leaf that is none of the inputs."""
-        if self.known is None or self.known.plain:
+        known = self.known
+        if known is None or known.plain:
             return
         given = set(map(id, inputs))
         for node in nodes_behind(outputs):
             leaf = getattr(node, "variable", None)
-            inner = leaf is None or leaf.shape in self.known.inner
+            inner = leaf is None or leaf.shape in known.inner
             if not inner and id(leaf) not in given:
                 self._raise(
                     f"depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and "
