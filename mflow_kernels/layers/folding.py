@@ -43,16 +43,27 @@ class ActNormConv(LinearMap):
         check: bool,
     ) -> FoldedWeights:
         """See `LinearMap.fold`. Inverses are computed in float64."""
-        names = [f"{place}.conv".lstrip(".") for place in places]
         steps = [m.factors() for m in maps]
         if cpu.serves_fold(steps[0][2], dtype):
-            how = dtype, inverted, names if check else None
-            return FoldedWeights(*_FoldLoop.apply(*how, *chain.from_iterable(steps)))
+            factors = [*chain.from_iterable(steps)]
+            if torch.is_grad_enabled():
+                return FoldedWeights(*_FoldLoop.apply(dtype, inverted, *factors))
+            *folded, fault = cpu.fold(factors, dtype, inverted)
+            if fault is not None and check:
+                step, infinite = fault
+                raise not_invertible(_name(places[step]), infinite)
+            return FoldedWeights(*folded)
         folded = fold(steps, dtype)
         if not inverted:
             return folded
+        names = [*map(_name, places)]
         weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
         return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
+
+
+def _name(place: str) -> str:
+    """The convolution of the step at this place, as errors name it."""
+    return f"{place}.conv".lstrip(".")
 
 
 # P, the signs of s, L, U, log |s|, and log_scale and bias of the actnorm.
@@ -168,24 +179,15 @@ class _Fold(torch.autograd.Function):
 
 
 class _FoldLoop(torch.autograd.Function):
-    """`ActNormConv.fold` by the loop of csrc: few small matrices, without an operator for each
-    product. `names` are the places of the maps if their inverses must exist."""
+    """`ActNormConv.fold` by the loop of csrc, without an operator for each small product."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        inverted: bool,
-        names: Sequence[str] | None,
-        *factors: Tensor | None,
+        ctx: Any, dtype: torch.dtype, inverted: bool, *factors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *folded, fault = cpu.fold(factors, dtype, inverted)
-        if fault is not None and names is not None:
-            step, infinite = fault
-            raise not_invertible(names[step], infinite)
         ctx.inverted = inverted
         ctx.save_for_backward(*factors)
-        return folded[0], folded[1], folded[2]
+        return cpu.fold(factors, dtype, inverted)[:3]
 
     @staticmethod
     @torch.compiler.disable  # a compiled function may call backward()
@@ -194,4 +196,4 @@ class _FoldLoop(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("fold")
         gradients = cpu.fold_backward(ctx.saved_tensors, dweight, dbias, dlog_det, ctx.inverted)
-        return None, None, None, *gradients
+        return None, None, *gradients

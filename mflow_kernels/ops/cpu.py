@@ -184,15 +184,15 @@ def conv1x1(
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Any]:
     """Compute `conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
 
     One stride must reach the pixels of x (`dense_pixels`). Returns y, the network input cut from y,
-    and the ledger (empty without params).
+    and the ledger (None without params).
     """
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
-    ledger = x.new_empty((0 if params is None else x.shape[0], 1))
+    ledger = None if params is None else x.new_empty((x.shape[0], 1))
     cut = net_dtype == x.dtype
     how = () if scale is None else scale.args, inverse
     _run("conv1x1", x, params, weight, bias, y, net if cut else None, ledger, *how)

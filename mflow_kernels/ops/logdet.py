@@ -95,5 +95,6 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
 def sum_ledger(ledger: Tensor, constant: Tensor | None = None) -> Tensor:
     """`accumulate_logdet` without checks, and without a constant if it is None."""
     if ledger.shape[1] == 1:
-        return ledger[:, 0] if constant is None else ledger[:, 0] + constant
+        terms = ledger.squeeze(1)
+        return terms if constant is None else terms + constant
     return accumulate_logdet_op(ledger, ledger.new_zeros(()) if constant is None else constant)
