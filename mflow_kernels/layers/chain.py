@@ -19,7 +19,7 @@ from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import check_latent
 from mflow_kernels.layers.flow import Flow
-from mflow_kernels.layers.networks import CouplingNetwork, check_takes
+from mflow_kernels.layers.networks import CouplingNetwork, check_takes, has_hooks
 from mflow_kernels.ops.checks import check_channels, check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import Result, apply_reversibly, apply_stored
@@ -237,8 +237,7 @@ def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
     kind: type = type(layer)
     own = isinstance(layer, Bijection) and _instructions_are_current(kind)
     found = layer.instructions() if own else [Layer(layer)]  # type: ignore[operator]
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    if hooks and not any(instruction.splits for instruction in found):
+    if own and has_hooks(layer) and not any(instruction.splits for instruction in found):
         found = [Layer(layer)]
     return [instruction.at(place) for instruction in found]
 

@@ -411,8 +411,9 @@ class RerunCall:
         given = set(map(id, inputs))
         for node in nodes_behind(outputs):
             leaf = getattr(node, "variable", None)
-            inner = leaf is None or leaf.shape in known.inner
-            if not inner and id(leaf) not in given:
+            if leaf is None or leaf.shape in known.inner:
+                continue
+            if id(leaf) not in given:
                 self._raise(
                     f"depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and "
                     "that it did not use in its first run; it would get no gradient"

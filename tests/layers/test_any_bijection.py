@@ -121,19 +121,40 @@ class Wrong(LeakyReLU):
         return 1.01 * x, logdet
 
 
-def hooked() -> nn.Module:
-    layer = LeakyReLU()
+def hooked(layer: nn.Module) -> nn.Module:
     layer.register_forward_hook(lambda module, given, result: (result[0] + 0.1, result[1]))
     return layer
 
 
-@pytest.mark.parametrize("layer", [Wrong, hooked, lambda: InSequence(FlowStep(4), Wrong())])
+UNDONE_WRONGLY: dict[str, Callable[[], nn.Module]] = {
+    "inverse": Wrong,
+    "hook": lambda: hooked(LeakyReLU()),
+    "hook of a step": lambda: hooked(FlowStep(4)),
+    "in a sequence": lambda: InSequence(FlowStep(4), Wrong()),
+}
+
+
+@pytest.mark.parametrize("layer", UNDONE_WRONGLY.values(), ids=UNDONE_WRONGLY)
 def test_a_layer_that_its_inverse_does_not_undo_is_named(layer: Callable[[], nn.Module]) -> None:
     chain, x = ReversibleChain([FlowStep(4), layer(), FlowStep(4)]), torch.randn(2, 4, 4, 4)
     with pytest.raises(RuntimeError, match=r"layers\.1 .* is not undone .* relative distance of 0"):
         chain(x)
     chain.reversible = False
     chain(x)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_hooks_of_layers_run(reversible: bool) -> None:
+    chain, x = (
+        ReversibleChain([FlowStep(4), Squeeze()], reversible=reversible),
+        torch.randn(2, 4, 4, 4),
+    )
+    want = chain(x)[0]
+    called: list[str] = []
+    for name, layer in chain.layers.named_children():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
+    assert_close(chain(x)[0], want, terms=64)
+    assert called == ["0", "1"]
 
 
 WITH_CONTEXT: dict[str, list[nn.Module]] = {
