@@ -157,7 +157,11 @@ class BackwardPass:
             if source._backward_hooks:
                 hooked.append(source)
         call.check_sources(ys, [module_input, *sources])
-        with call.trained_as_in_forward(), without_hooks(hooked) if hooked else nullcontext():
+        with (
+            call.trained_as_in_forward(),
+            without_hooks(hooked) if hooked else nullcontext(),
+            call.differentiated(module_input.device) if call.drawn else nullcontext(),
+        ):
             dx, *gradients = torch.autograd.grad(
                 ys, [module_input, *sources], dys, allow_unused=True
             )

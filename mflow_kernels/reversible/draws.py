@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
 
 
 class DrewOtherNumbers(Exception):
-    """A second run called another operator that draws."""
+    """A second run drew by another operator, or its derivative drew."""
 
 
 class _Mode(TorchDispatchMode):
@@ -98,6 +98,16 @@ class Recorded(_Mode):
         else:
             kept = tree_map(_copy, result)
         self.drawn.append(Drawn(func, written, kept))
+        return result
+
+
+class Refused(Recorded):
+    """Raises DrewOtherNumbers if an operator inside of it draws."""
+
+    def draw(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = super().draw(func, args, kwargs)
+        if self.drawn.pop() is not None:
+            raise DrewOtherNumbers
         return result
 
 

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.reversible.draws import Drawn, DrewOtherNumbers, Recorded, Repeated
+from mflow_kernels.reversible.draws import Drawn, DrewOtherNumbers, Recorded, Refused, Repeated
 from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
 from mflow_kernels.reversible.graph import STORE, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
@@ -306,7 +306,8 @@ class RerunCall:
             RuntimeError: a parameter was replaced by another tensor, or the module changed a
                 buffer.
         """
-        given = module_input
+        # No leaf, as in other models; some hooks refuse leaves.
+        given = module_input.view_as(module_input)
         if self.known is not None and self.known.changes_input:
             given = module_input.clone()
         with self.as_in_forward():
@@ -403,6 +404,19 @@ class RerunCall:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
+    @contextmanager
+    def differentiated(self, device: torch.device) -> Iterator[None]:
+        """Raise RuntimeError if the derivative of the second run draws, as a checkpoint does that
+        runs a part of it a third time: those numbers are not kept."""
+        try:
+            with Refused(device):
+                yield
+        except DrewOtherNumbers:
+            self._raise(
+                "draws random numbers while it is differentiated, as with dropout in a "
+                "torch.utils.checkpoint; the chain stores no activations, so the checkpoint can go"
+            )
+
     def check_sources(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """Raise RuntimeError if outputs depend on a leaf that is none of the inputs."""
         known = self.known
@@ -425,8 +439,9 @@ class RerunCall:
     def raise_not_repeated(self, what: str) -> NoReturn:
         raise RuntimeError(
             f"ReversibleChain: run again in the backward pass, {self.name} {what}: it has state "
-            "that cannot be restored, such as a counter, a buffer that it changes, or random "
-            f"numbers from outside of torch. Its gradients would be wrong; {STORE}"
+            "that cannot be restored, such as a counter, a buffer that it changes, weights "
+            "changed by .data, or random numbers from outside of torch. Its gradients would be "
+            f"wrong; {STORE}"
         )
 
     def remember(self, draws: bool) -> None:

@@ -8,6 +8,7 @@ from cases import compiles, not_about_kernels, perturbed
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from layers.chains import assert_all_close, chain_of, gradients, levels, loss_of
 from mflow_kernels import FlowStep, Glow, ReversibleChain
@@ -119,6 +120,11 @@ def a_hook_that_differentiates(chain: nn.Module, x: Tensor) -> None:
     assert len(called) == 2
 
 
+def counted(chain: nn.Module, x: Tensor) -> None:
+    with FlopCounterMode(display=False):
+        loss_of(*chain(x)).backward()
+
+
 def checkpointed(reentrant: bool) -> Backward:
     def run(chain: nn.Module, x: Tensor) -> None:
         given = x.clone().requires_grad_()
@@ -130,6 +136,7 @@ def checkpointed(reentrant: bool) -> Backward:
 TOOLS: dict[str, Backward] = {
     "anomaly mode": loss_under(torch.autograd.detect_anomaly),
     "save_on_cpu": loss_under(save_on_cpu),
+    "counted operations": counted,
     "saved tensors": loss_under(lambda: saved_tensors_hooks(torch.clone, torch.clone)),
     "checkpoint around": checkpointed(reentrant=False),
     "reentrant checkpoint around": checkpointed(reentrant=True),

@@ -218,6 +218,15 @@ def test_reentrant_checkpoints_are_named_before_the_first_step() -> None:
     train(chain_of(lambda: Net(lambda h: checkpoint(torch.tanh, h, use_reentrant=False))), x)
 
 
+def test_a_checkpoint_that_draws_is_named() -> None:
+    """It would draw other numbers in its own second run."""
+    drop = nn.Dropout(0.5)
+    chain = chain_of(lambda: Net(lambda h: checkpoint(drop, h, use_reentrant=False)))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"network 2 \(Net\) draws .* checkpoint can go"):
+            train(chain, torch.randn(2, 4, 3, 3))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_infinite_running_statistics_stay_infinite(momentum: float | None) -> None:
     """Updating them with momentum 0 would give NaN: 0 * inf."""
