@@ -147,6 +147,9 @@ class _RecordingPass(ForwardPass):
         self._random = random
         return result
 
+    def check_inverse(self, x: Tensor) -> None:
+        self.calls[-1].check_inverse(x, self.x, self.context)
+
 
 @dataclass(eq=False)
 class _Segment:

@@ -66,6 +66,9 @@ class ForwardPass:
         """Call a module with this input and the context; x is the state before it."""
         return call.function(module_input, *self.context)
 
+    def check_inverse(self, x: Tensor) -> None:
+        """Check that the inverse of the last call rebuilds x, if a backward pass will need that."""
+
 
 class Directed:
     """An operation that runs in one of two directions.
@@ -182,6 +185,7 @@ class Layer(Directed, Instruction):
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         x = forward.x
         forward.x, logdet = self.checked(x, forward.call(self._call, x, x))
+        forward.check_inverse(x)
         forward.ledger.append(logdet[:, None])
 
     def checked(self, x: Tensor, result: Any) -> tuple[Tensor, Tensor]:
