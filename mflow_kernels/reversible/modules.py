@@ -1,11 +1,35 @@
-"""The modules and tensors of a network or layer that runs twice."""
+"""The modules and tensors of a network or layer that runs twice, and what its first run showed."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass
+class Known:
+    """What the first run of a module showed, in the modes in which it ran.
+
+    Attributes:
+        others: the leaves that it depends on and does not own.
+        inner: the shapes of leaves that it made and that did not outlive the run.
+        plain: whether it has modules of torch alone, which use no tensors but their own.
+        changes_input: whether it changes its input in place. It then gets a copy.
+        keeps_graph: whether its tensors outlived the run, as when hooks collect activations. Each
+            run then records a graph that refuses to be differentiated.
+        draws: whether it draws random numbers; None until the two runs have been compared.
+    """
+
+    others: list["weakref.ref[Tensor]"]
+    inner: set[torch.Size] = field(default_factory=set)
+    plain: bool = False
+    changes_input: bool = False
+    keeps_graph: bool = False
+    draws: bool | None = None
 
 
 @contextmanager

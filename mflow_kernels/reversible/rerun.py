@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -31,6 +30,7 @@ from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerpr
 from mflow_kernels.reversible.graph import STORE, Guard, nodes_behind
 from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.modules import (
+    Known,
     buffers_of,
     detached,
     modules_of,
@@ -47,28 +47,6 @@ INVERSE = 1e-3
 # Held while a module's running statistics are hidden, and while a module that updates such
 # statistics runs for the first time: another thread may train the same chain.
 _statistics_lock = threading.RLock()
-
-
-@dataclass
-class Known:
-    """What the first run of a module showed, in the modes in which it ran.
-
-    Attributes:
-        others: the leaves that it depends on and does not own.
-        inner: the shapes of leaves that it made and that did not outlive the run.
-        plain: whether it has modules of torch alone, which use no tensors but their own.
-        changes_input: whether it changes its input in place. It then gets a copy.
-        keeps_graph: whether its tensors outlived the run, as when hooks collect activations. Each
-            run then records a graph that refuses to be differentiated.
-        draws: whether it draws random numbers; None until the two runs have been compared.
-    """
-
-    others: list["weakref.ref[Tensor]"]
-    inner: set[torch.Size] = field(default_factory=set)
-    plain: bool = False
-    changes_input: bool = False
-    keeps_graph: bool = False
-    draws: bool | None = None
 
 
 # By module and by what may change in it: the method, types and modes of its modules, and hooks.
