@@ -305,7 +305,8 @@ class RerunCall:
             if store.get(name) is not p:
                 raise RuntimeError(
                     "ReversibleChain: after the forward pass a parameter was replaced by another "
-                    "tensor (as torch.func.functional_call does); reversible=False allows that"
+                    "tensor (as by torch.func.functional_call, or FSDP2 of one layer); "
+                    "reversible=False allows that"
                 )
         if parametrize._cache_enabled and any(
             isinstance(m, parametrize.ParametrizationList) for m in self._modules
