@@ -32,12 +32,13 @@ def accelerate(
         reversible: in the backward pass, rebuild the states inside sequences of layers instead of
             storing them, except every eighth one. Networks run twice, and their activations are not
             stored. A run of few couplings, or whose networks have many weights for each number of a
-            batch, stores its states, because that takes less memory.
+            batch, gains little memory, and an autoregressive spline needs a pass of its network for
+            each dimension (docs/interop.md).
         like: classes of your own that compute what a class of FrEIA computes, with the same
             attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with its replacement
             on a random state, and left if the values differ.
-        even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
-            flows then take little memory, at more than the original's time.
+        even_if_slower: also replace layers that would cost more. With `reversible`, vector flows
+            then take little memory, at more than the original's time.
 
     Returns:
         A report: the replaced layers, the other layers with the reasons, and the intended

@@ -6,8 +6,6 @@ The limits were measured once for each kind, on one core of a CPU, with eight co
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from mflow_kernels.interop.linear import Linear
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part
 from mflow_kernels.ops.spline import Spline
@@ -15,11 +13,6 @@ from mflow_kernels.ops.spline import Spline
 VECTOR_CHANNELS = 512  # fewest channels of vectors (N, C) whose couplings gain
 UNEQUAL_CHANNELS = 63  # fewest channels whose affine couplings of unequal parts gain
 LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
-
-# A reversible run holds the states of about four couplings and one network's activations at a time,
-# and a stored run holds those of all. Gradients of weights are the same for both.
-REVERSIBLE_COUPLINGS = 4  # fewest couplings that gain
-REVERSIBLE_WEIGHTS = 1.5  # most weights of networks for each number of the states of all couplings
 
 
 def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
@@ -67,18 +60,3 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
             "a CPU"
         )
     return ""
-
-
-def rebuilding_gains(x: Tensor, couplings: int, weights: int, passes: bool) -> bool:
-    """Whether rebuilding the states of a run takes less memory than storing them.
-
-    Args:
-        x: the state.
-        weights: the number of trained weights of the run's networks.
-        passes: whether an inverse needs passes of its network that a stored run does not need: one
-            for each channel, or one more for affine couplings of unequal parts.
-    """
-    if passes:
-        return False
-    enough = couplings >= REVERSIBLE_COUPLINGS
-    return enough and weights <= REVERSIBLE_WEIGHTS * couplings * x.numel()

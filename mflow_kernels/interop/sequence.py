@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels.interop.affine import AffineMap
-from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, Reorder, Row
 from mflow_kernels.interop.orders import versions
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
-from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
+from mflow_kernels.interop.splines import SplineMap
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.spline import Spline
@@ -104,9 +103,7 @@ class FusedSequence:
 
     Args:
         parts: what the layers do, data -> latent.
-        reversible: rebuild the states in the backward pass instead of storing them, where that
-            takes less memory (see `costs.py`).
-        always: rebuild them everywhere.
+        reversible: rebuild the states in the backward pass instead of storing them.
 
     Attributes:
         drift: largest drift of its programs, as `ReversibleChain.drift`.
@@ -114,21 +111,12 @@ class FusedSequence:
 
     checkpoint_every: int | None = 8
 
-    def __init__(
-        self, parts: Sequence[Part], reversible: bool = False, always: bool = False
-    ) -> None:
-        self.parts = tuple(parts)
-        self.reversible, self.always = reversible, always
+    def __init__(self, parts: Sequence[Part], reversible: bool = False) -> None:
+        self.parts, self.reversible = tuple(parts), reversible
         self.drift: Tensor | None = None
-        nets = [part.net for part in parts if isinstance(part, Coupling)]
-        self._couplings, self.has_couplings = len(nets), bool(nets)
+        self.has_couplings = any(isinstance(part, Coupling) for part in parts)
         self._scales = any(isinstance(part, Linear) and not part.permutes for part in parts)
-        self._passes = any(
-            isinstance(p, Elementwise) and isinstance(p.layer, AutoregressiveSplines) for p in parts
-        )
         self._has_ledger = any(isinstance(part, (Coupling, Elementwise)) for part in parts)
-        trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}
-        self._weights = sum(p.numel() for p in trained.values())
         self._initialized_by_data = [
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
@@ -163,11 +151,7 @@ class FusedSequence:
             if isinstance(alone, Layer):  # vectors are small, so the time on the host counts
                 result: tuple[Tensor, Tensor] = alone.calls[0].function(x, *context)
                 return result
-        unequal = any(
-            isinstance(i, Layer) and isinstance(i.module, AffineMap) for i in program.instructions
-        )
-        costs = self._couplings, self._weights, self._passes or unequal
-        if self.reversible and (self.always or rebuilding_gains(x, *costs)):
+        if self.reversible:
             every, record = self.checkpoint_every, self.record_drift
             found = apply_reversibly(program, x, (), context, every, record)
         else:

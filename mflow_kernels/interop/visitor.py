@@ -127,7 +127,7 @@ class Visitor:
         return self.adapter.kinds.get(cls, "layer")
 
     def _sequence(self, parts: Sequence[Part]) -> FusedSequence:
-        return FusedSequence(parts, self.reversible, self.even_if_slower)
+        return FusedSequence(parts, self.reversible)
 
     def _why_slower(self, layers: Sequence[nn.Module], parts: Sequence[Part]) -> str:
         """Say why a run of layers, or a layer alone, is left because it would cost more."""

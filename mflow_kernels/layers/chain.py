@@ -19,7 +19,7 @@ from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import check_latent
 from mflow_kernels.layers.flow import Flow
-from mflow_kernels.layers.networks import CouplingNetwork, check_takes
+from mflow_kernels.layers.networks import CouplingNetwork, check_takes, has_hooks
 from mflow_kernels.ops.checks import check_channels, check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import Result, apply_reversibly, apply_stored
@@ -229,13 +229,16 @@ def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
     """The instructions of a layer.
 
     If a subclass overrides `forward` or `inverse` but not `instructions`, the chain calls the layer
-    instead of running the instructions that it inherits.
+    instead of running the instructions that it inherits. It also calls a layer with hooks of its
+    own, unless that splits off latents.
     """
     if isinstance(layer, ReversibleChain):
         return layer.instructions()
     kind: type = type(layer)
     own = isinstance(layer, Bijection) and _instructions_are_current(kind)
     found = layer.instructions() if own else [Layer(layer)]  # type: ignore[operator]
+    if own and has_hooks(layer) and not any(instruction.splits for instruction in found):
+        found = [Layer(layer)]
     return [instruction.at(place) for instruction in found]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.reversible.backward import BackwardPass, Stored
+from mflow_kernels.reversible.backward import BackwardPass, Stored, as_leaves
+from mflow_kernels.reversible.draws import random_state, same_random_state
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
-from mflow_kernels.reversible.modes import autocast_state, random_state, same_random_state
+from mflow_kernels.reversible.modes import autocast_state
 from mflow_kernels.reversible.program import Program, keep_layout
 from mflow_kernels.reversible.rerun import RerunCall
 
@@ -121,8 +122,7 @@ def _terms(
 
 @dataclass(kw_only=True)
 class _RecordingPass(ForwardPass):
-    """A forward pass without gradients, which stores every k-th state and the random state of each
-    call that draws."""
+    """A forward pass without gradients, which stores every k-th state and what each call draws."""
 
     ordinals: "count[int]"
     every: int | None
@@ -140,10 +140,15 @@ class _RecordingPass(ForwardPass):
         result = again.first_run(module_input, self.context)
         # Only modules draw random numbers, so each starts from the state that the last one left.
         random = random_state(x.device)
-        if not same_random_state(self._random, random):
-            again.random = self._random
+        if again.drawn is None and not same_random_state(self._random, random):
+            # It begins to draw, or another thread does: run it once more, and record.
+            result = again.first_run(module_input, self.context, draws=True)
+            random = random_state(x.device)
         self._random = random
         return result
+
+    def check_inverse(self, x: Tensor) -> None:
+        self.calls[-1].check_inverse(x, self.x, self.context)
 
 
 @dataclass(eq=False)
@@ -159,6 +164,7 @@ class _Segment:
         sources: the leaves to which its node passes gradients. A leaf that several segments use
             belongs to the first of them, which is undone last.
         last: whether it is the last part.
+        joins, splits: the number of latents that it appends to the state and splits off it.
     """
 
     instructions: Sequence[Instruction]
@@ -166,14 +172,8 @@ class _Segment:
     calls: list[RerunCall]
     sources: list[Tensor]
     last: bool
-
-    @property
-    def joins(self) -> int:
-        return sum(i.joins for i in self.instructions)
-
-    @property
-    def splits(self) -> int:
-        return sum(i.splits for i in self.instructions)
+    joins: int
+    splits: int
 
 
 @dataclass
@@ -202,27 +202,36 @@ def _apply_reversibly(
     record = _Record(record_drift, autocast_state(x.device))
     outputs: tuple[Tensor, ...] = ()
     shared: list[Tensor] = []
-    detached = [
-        c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in context
-    ]
+    detached = as_leaves(context)
     parts = program.segments()
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.
         folded = [i.fold(dtype) for i in part]
-        first = len(waiting) - sum(i.joins for i in part)
+        joins = 0
+        for instruction in part:
+            joins += instruction.joins
+        first = len(waiting) - joins
         joined, waiting = waiting[first:], waiting[:first]
         given = x.detach(), [z.detach() for z in joined], detached
         forward = _RecordingPass(*given, ordinals=ordinals, every=checkpoint_every)
         with torch.no_grad(), torch.autocast(**record.autocast):
             shared_pixels = _run(part, folded, forward)
         shared += _shared(folded, shared_pixels)
-        sources = {id(t): t for call in forward.calls for t in call.sources if id(t) not in seen}
+        sources: dict[int, Tensor] = {}
+        for call in forward.calls:
+            for t in call.sources:
+                if id(t) not in seen:
+                    sources[id(t)] = t
         seen.update(sources)
         folds = [f is not None for f in folded]
         last = part is parts[-1]
-        segment = _Segment(part, folds, forward.calls, list(sources.values()), last)
+        splits = len(forward.latents)
+        segment = _Segment(part, folds, forward.calls, [*sources.values()], last, joins, splits)
         record.segments.append(segment)
-        weights = [t for f in folded if f is not None for t in (f.weight, f.bias)]
+        weights: list[Tensor] = []
+        for f in folded:
+            if f is not None:
+                weights += f.weight, f.bias
         # All outputs pass through the last node, so autograd runs that node's backward first.
         others = outputs if last else ()
         x, *own = _SegmentFunction.apply(
@@ -263,11 +272,15 @@ class _SegmentFunction(torch.autograd.Function):
         ctx.starts = segment.last
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[3]
         first_and_last = (*((forward.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
-        stored = (t for pair in forward.stored.values() for t in pair)
+        stored = [*chain.from_iterable(forward.stored.values())]
         # Saving sources and buffers lets autograd detect changes in place before the backward pass.
-        buffers = {id(b): b for call in forward.calls for b in call.buffers}.values()
+        buffers: dict[int, Tensor] = {}
+        for call in forward.calls:
+            for b in call.buffers:
+                buffers[id(b)] = b
         ctx.save_for_backward(
-            *(*first_and_last, *forward.latents, *stored), *(*context, *weights, *sources, *buffers)
+            *(*first_and_last, *forward.latents, *stored),
+            *(*context, *weights, *sources, *buffers.values()),
         )
         ledger, _ = _terms(forward.x, forward.ledger, ())
         return forward.x, *others, ledger, *forward.latents
@@ -292,7 +305,7 @@ class _SegmentFunction(torch.autograd.Function):
             2 * len(ctx.stored_at),
             *ctx.lengths[:2],
         )
-        dlatents = [in_layout_of(z, dz) for z, dz in zip(latents, dlatents, strict=True)]
+        dlatents = [*map(in_layout_of, latents, dlatents)]
         if starts:
             dx = in_layout_of(starts[0], dx)  # see `keep_layout`
             record.backward = BackwardPass(starts[0], dx, context, record.autocast)
@@ -321,12 +334,15 @@ class _SegmentFunction(torch.autograd.Function):
         dsources = [gradients.pop(id(t), None) for t in segment.sources]
         return (
             *(None, None, None, dx, *backward.joined, *dcontext),
-            *(d for pair in dweights if pair is not None for d in pair),
+            *chain.from_iterable(pair for pair in dweights if pair is not None),
             *(*dsources, *dothers),
         )
 
 
 def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:
     """Split into consecutive pieces of these lengths, and a last piece with the rest."""
-    rest = iter(tensors)
-    return [*(tuple(islice(rest, length)) for length in lengths), tuple(rest)]
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(tuple(tensors[start : start + length]))
+        start += length
+    return [*pieces, tuple(tensors[start:])]

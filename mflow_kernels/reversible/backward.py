@@ -5,6 +5,7 @@ It undoes the instructions from last to first, and rebuilds each state together 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.rebuild_conv1x1 import Halves
+from mflow_kernels.reversible.graph import without_hooks
 from mflow_kernels.reversible.instructions import Gradients, Instruction, Pair
 from mflow_kernels.reversible.rerun import RerunCall, check_repeats
 
@@ -22,6 +24,14 @@ class Stored(NamedTuple):
 
     x: Tensor
     module_input: Tensor
+
+
+def as_leaves(context: Sequence[Any]) -> list[Any]:
+    """The context as leaves of a graph of its own. It may contain None."""
+    leaves = []
+    for c in context:
+        leaves.append(c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c)
+    return leaves
 
 
 class BackwardPass:
@@ -45,7 +55,7 @@ class BackwardPass:
         self, x: Tensor, dx: Tensor, context: Sequence[Tensor], autocast: dict[str, Any]
     ) -> None:
         self.autocast = autocast
-        self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
+        self.context = as_leaves(context)
         self.gradients: dict[int, Tensor] = {}
         self.joined: list[Tensor] = []
         self._differences: list[list[Tensor]] = []  # of each state that was compared
@@ -133,17 +143,27 @@ class BackwardPass:
         Returns:
             The gradient of its input. Those of parameters and context are added to `gradients`.
         """
-        pairs = [(y, dy) for y, dy in zip(outputs, doutputs, strict=True) if y.requires_grad]
-        if not pairs:
+        ys, dys, sources, hooked = [], [], [*call.sources], []
+        for y, dy in zip(outputs, doutputs, strict=True):
+            if y.requires_grad:
+                ys.append(y)
+                dys.append(dy)
+        if not ys:
             return None
-        sources = [*call.sources, *(c for c in self.context if c.requires_grad)]
-        call.check_sources([y for y, _ in pairs], [module_input, *sources])
-        with call.trained_as_in_forward():
+        for c in self.context:
+            if c is not None and c.requires_grad:
+                sources.append(c)
+        for source in call.sources:
+            if source._backward_hooks:
+                hooked.append(source)
+        call.check_sources(ys, [module_input, *sources])
+        with (
+            call.trained_as_in_forward(),
+            without_hooks(hooked) if hooked else nullcontext(),
+            call.differentiated(module_input.device) if call.drawn else nullcontext(),
+        ):
             dx, *gradients = torch.autograd.grad(
-                [y for y, _ in pairs],
-                [module_input, *sources],
-                [dy for _, dy in pairs],
-                allow_unused=True,
+                ys, [module_input, *sources], dys, allow_unused=True
             )
         for source, g in zip(sources, gradients, strict=True):
             if g is not None:

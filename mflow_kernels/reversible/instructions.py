@@ -33,6 +33,8 @@ class Call(NamedTuple):
 
     module: nn.Module
     function: Callable[..., Any]  # the module itself, or one of its methods
+    inverse: Callable[..., Any] | None = None  # rebuilds its input from its result
+    place: str = ""  # the layer that it came from, if the call is all of it
 
 
 @dataclass
@@ -56,6 +58,9 @@ class ForwardPass:
     def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
         """Call a module with this input and the context; x is the state before it."""
         return call.function(module_input, *self.context)
+
+    def check_inverse(self, x: Tensor) -> None:
+        """Check that the inverse of the last call rebuilds x, if a backward pass will need that."""
 
 
 class Directed:
@@ -167,15 +172,18 @@ class Layer(Directed, Instruction):
 
     @property
     def calls(self) -> Sequence[Call]:
-        return (self._call(self.inverted),)
+        return (self._call,)
 
-    def _call(self, inverted: bool) -> Call:
+    @property
+    def _call(self) -> Call:
         module: Any = self.module
-        return Call(module, module.inverse if inverted else module)
+        there, back = (module.inverse, module) if self.inverted else (module, module.inverse)
+        return Call(module, there, back, self.place)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         x = forward.x
-        forward.x, logdet = self.checked(x, forward.call(self.calls[0], x, x))
+        forward.x, logdet = self.checked(x, forward.call(self._call, x, x))
+        forward.check_inverse(x)
         forward.ledger.append(logdet[:, None])
 
     def checked(self, x: Tensor, result: Any) -> tuple[Tensor, Tensor]:
@@ -195,9 +203,9 @@ class Layer(Directed, Instruction):
     def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()
         (z, dz), context = backward.whole(), backward.context
-        rebuild = self._call(not self.inverted).function
+        rebuild: Any = self._call.inverse
         with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
-            x = rebuild(z, *(c.detach() for c in context))[0]
+            x = rebuild(z, *context)[0]
         if stored is not None:
             backward.compare([x], stored[0])
             x = stored[0]

@@ -1,6 +1,6 @@
 import pytest
 
-from mflow_kernels.interop import sequence, visitor
+from mflow_kernels.interop import visitor
 
 
 @pytest.fixture(autouse=True)
@@ -9,7 +9,6 @@ def _all_layers_are_replaced(request, monkeypatch):
     if request.module.__name__.endswith("test_costs"):
         return
     monkeypatch.setattr(visitor, "why_slower", lambda *_: "")
-    monkeypatch.setattr(sequence, "rebuilding_gains", lambda *_: True)
 
 
 def pytest_generate_tests(metafunc):

@@ -57,20 +57,13 @@ def test_no_limit_is_known_for_a_gpu():
     assert not costs.why_slower((), None, "cuda")
 
 
-@pytest.mark.parametrize(
-    ("channels", "count", "size", "rebuilds"),
-    [(4, 4, 16, True), (4, 3, 16, False), (4, 4, 2, False), (63, 4, 16, False)],
-)
-def test_states_are_rebuilt_where_that_takes_less_memory(channels, count, size, rebuilds):
-    """Few couplings, many weights for each number of the batch, and unequal parts store states."""
+@pytest.mark.parametrize(("channels", "count", "size"), [(4, 3, 16), (4, 4, 2), (63, 4, 16)])
+def test_states_are_rebuilt_where_that_was_asked_for(channels, count, size):
+    """Few couplings, many weights for each number of the batch, and unequal parts gain little."""
     model = freia(channels, 16, 16, count=count)
     accelerate(model, reversible=True)
     ((run, _, _),) = implementation_of(model).items
     x = torch.randn(2, channels, size, size)
-    model(x)[0].sum().backward()
-    assert (run.sequence.drift is not None) == rebuilds
-    accelerate(model, reversible=True, even_if_slower=True)
-    ((run, _, _),) = implementation_of(model).items
     model(x)[0].sum().backward()
     assert run.sequence.drift is not None
 

@@ -1,6 +1,7 @@
 """Every invertible layer in a chain: those of this package and those of users, alone and together,
 reversible and stored, with context."""
 
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -74,6 +75,86 @@ def test_gradients_are_those_of_stored_states(
     # In float32, the rounding grows with the number of steps between two kept states.
     assert chain.drift is not None
     assert_close(chain.drift, torch.zeros_like(chain.drift), terms=64, scale=4.0)
+
+
+def hook_all(chain: nn.Module) -> list[str]:
+    """Register hooks of each kind on all parameters. The list receives a name for each call."""
+    called: list[str] = []
+
+    def doubled(gradient: Tensor) -> Tensor:
+        called.append("one")
+        return 2 * gradient
+
+    def tripled(p: Tensor) -> None:
+        called.append("accumulated")
+        assert p.grad is not None
+        p.grad.mul_(3)
+
+    parameters = tuple(chain.parameters())
+    for p in parameters:
+        p.register_hook(doubled)
+        p.register_post_accumulate_grad_hook(tripled)
+    if parameters:
+        torch.autograd.graph.register_multi_grad_hook(parameters, lambda _: called.append("all"))
+    return called
+
+
+@every_chain
+def test_hooks_of_parameters_run_once_with_the_whole_gradient(name: str) -> None:
+    """The second run of a network runs none of them."""
+    found, calls = [], []
+    for reversible in (True, False):
+        chain, x = chain_of(name, reversible=reversible)
+        called = hook_all(chain)
+        for _ in range(2):
+            found.append(gradients(chain, x, call=chain))
+            calls.append(sorted(called))
+            called.clear()
+    assert calls == calls[:1] * 4
+    for got, want in zip(found[:2], found[2:], strict=True):
+        assert_all_close(got, want, terms=2 * 16 * 64)
+
+
+class Wrong(LeakyReLU):
+    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = super().inverse(z)
+        return 1.01 * x, logdet
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, given, result: (result[0] + 0.1, result[1]))
+    return layer
+
+
+UNDONE_WRONGLY: dict[str, Callable[[], nn.Module]] = {
+    "inverse": Wrong,
+    "hook": lambda: hooked(LeakyReLU()),
+    "hook of a step": lambda: hooked(FlowStep(4)),
+    "in a sequence": lambda: InSequence(FlowStep(4), Wrong()),
+}
+
+
+@pytest.mark.parametrize("layer", UNDONE_WRONGLY.values(), ids=UNDONE_WRONGLY)
+def test_a_layer_that_its_inverse_does_not_undo_is_named(layer: Callable[[], nn.Module]) -> None:
+    chain, x = ReversibleChain([FlowStep(4), layer(), FlowStep(4)]), torch.randn(2, 4, 4, 4)
+    with pytest.raises(RuntimeError, match=r"layers\.1 .* is not undone .* relative distance of 0"):
+        chain(x)
+    chain.reversible = False
+    chain(x)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_hooks_of_layers_run(reversible: bool) -> None:
+    chain, x = (
+        ReversibleChain([FlowStep(4), Squeeze()], reversible=reversible),
+        torch.randn(2, 4, 4, 4),
+    )
+    want = chain(x)[0]
+    called: list[str] = []
+    for name, layer in chain.layers.named_children():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
+    assert_close(chain(x)[0], want, terms=64)
+    assert called == ["0", "1"]
 
 
 WITH_CONTEXT: dict[str, list[nn.Module]] = {

@@ -6,6 +6,9 @@ import pytest
 import torch
 from cases import compiles, not_about_kernels, perturbed
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from layers.chains import assert_all_close, chain_of, gradients, levels, loss_of
 from mflow_kernels import FlowStep, Glow, ReversibleChain
@@ -36,6 +39,133 @@ def test_a_mode_switched_before_the_backward_pass() -> None:
         modes = {m.training for m in chain.modules()}
         assert modes == {call == chain.train}
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+Backward = Callable[[nn.Module, Tensor], object]  # leaves gradients in the parameters
+
+
+def loss_under(context: Callable[[], object]) -> Backward:
+    def run(chain: nn.Module, x: Tensor) -> None:
+        with context():  # type: ignore[attr-defined]
+            loss = loss_of(*chain(x))
+        loss.backward()
+
+    return run
+
+
+def retained(chain: nn.Module, x: Tensor) -> None:
+    loss = loss_of(*chain(x))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def partial(chain: nn.Module, x: Tensor) -> None:
+    """Gradients of the first and of the last parameters, from one graph."""
+    parameters = list(chain.parameters())
+    loss = loss_of(*chain(x))
+    for some in (parameters[:3], parameters[-3:], parameters):
+        for p, g in zip(some, torch.autograd.grad(loss, some, retain_graph=True), strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+    loss.backward(inputs=parameters[:2])
+
+
+def outputs_have_hooks(chain: nn.Module, x: Tensor) -> None:
+    z, logdet = chain(x)
+    z.register_hook(lambda g: 2 * g)
+    logdet.register_hook(lambda g: g.sin())
+    loss_of(z, logdet).backward()
+
+
+def modules_have_hooks(chain: nn.Module, x: Tensor) -> None:
+    """Hooks of a network's layers and of its activations."""
+    first = chain.layers[1].coupling.net[0]  # type: ignore[index, union-attr]
+
+    def activation(module: nn.Module, given: object, h: Tensor) -> Tensor:
+        if h.requires_grad:
+            h.register_hook(lambda g: 2 * g)
+        return 1.5 * h
+
+    handles = [
+        first.register_forward_hook(activation),
+        first.register_forward_pre_hook(lambda module, given: (given[0] + 1,)),
+        first.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],)),
+        first.register_full_backward_pre_hook(lambda module, dy: (3 * dy[0],)),
+    ]
+    loss_of(*chain(x)).backward()
+    for handle in handles:
+        handle.remove()
+
+
+def removed_hooks(chain: nn.Module, x: Tensor) -> None:
+    handles = [p.register_hook(lambda g: 2 * g) for p in chain.parameters()]
+    loss_of(*chain(x)).backward()
+    for handle in handles:
+        handle.remove()
+    loss_of(*chain(x)).backward()
+
+
+def a_hook_that_differentiates(chain: nn.Module, x: Tensor) -> None:
+    """It runs its own backward pass, in which other hooks run as usual."""
+    *_, other, p = chain.parameters()
+    called: list[Tensor] = []
+
+    def inner(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(other.square().sum(), other)
+
+    handles = [other.register_hook(called.append), p.register_hook(inner)]  # type: ignore[arg-type]
+    loss_of(*chain(x)).backward()
+    for handle in handles:
+        handle.remove()
+    assert len(called) == 2
+
+
+def counted(chain: nn.Module, x: Tensor) -> None:
+    with FlopCounterMode(display=False):
+        loss_of(*chain(x)).backward()
+
+
+def checkpointed(reentrant: bool) -> Backward:
+    def run(chain: nn.Module, x: Tensor) -> None:
+        given = x.clone().requires_grad_()
+        loss_of(*checkpoint(chain, given, use_reentrant=reentrant)).backward()
+
+    return run
+
+
+TOOLS: dict[str, Backward] = {
+    "anomaly mode": loss_under(torch.autograd.detect_anomaly),
+    "save_on_cpu": loss_under(save_on_cpu),
+    "counted operations": counted,
+    "saved tensors": loss_under(lambda: saved_tensors_hooks(torch.clone, torch.clone)),
+    "checkpoint around": checkpointed(reentrant=False),
+    "reentrant checkpoint around": checkpointed(reentrant=True),
+    "retain_graph": retained,
+    "partial": partial,
+    "hooks of outputs": outputs_have_hooks,
+    "hooks of modules": modules_have_hooks,
+    "removed hooks": removed_hooks,
+    "a hook that differentiates": a_hook_that_differentiates,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("backward", TOOLS.values(), ids=TOOLS)
+def test_what_autograd_lets_people_attach(backward: Backward) -> None:
+    """Rebuilt states give the gradients of stored ones, in the first pass and later."""
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    results = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        chain = perturbed(chain_of(dropout_and_norm, reversible=reversible)).double()
+        found = []
+        for seed in range(2):
+            chain.zero_grad()
+            torch.manual_seed(seed)
+            backward(chain, x)
+            found += [p.grad.clone() for p in chain.parameters() if p.grad is not None]
+        results.append(found)
+    assert_all_close(*results, terms=1000)
 
 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor], object]:

@@ -1,6 +1,8 @@
 """Networks run again in the backward pass; one that does not repeat its first run raises."""
 
 import random
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import count, cycle
 
@@ -9,9 +11,10 @@ import torch
 from cases import HostReads
 from layers.chains import chain_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mflow_kernels import ReversibleChain
-from mflow_kernels.reversible import fingerprints, rerun
+from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels.reversible import draws, fingerprints, rerun
 from mflow_kernels.reversible.instructions import Call
 
 
@@ -31,11 +34,6 @@ class Net(nn.Module):
 
 def dropout() -> Net:
     return Net(nn.Dropout(0.5))
-
-
-def with_own_generator() -> Net:
-    own = torch.Generator().manual_seed(1)
-    return Net(lambda h: h * torch.bernoulli(torch.full_like(h, 0.5), generator=own))
 
 
 def that_counts() -> Net:
@@ -65,7 +63,6 @@ class CountsInABuffer(nn.Module):
 
 
 STATEFUL = {
-    "its own generator": with_own_generator,
     "draws in Python": lambda: Net(lambda h: h * random.random()),
     "counts": that_counts,
     "counts in a buffer": lambda: Net(CountsInABuffer()),
@@ -138,22 +135,96 @@ def test_a_wrongly_rebuilt_state_is_not_blamed_on_the_network() -> None:
     assert fingerprints.difference(a, a[:1]) == float("inf")
 
 
-def test_networks_that_draw_random_numbers_cannot_be_captured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A CUDA graph cannot restore a generator's state. The capture is simulated on a CPU."""
-    x = torch.randn(2, 4, 3, 3)
-    drawing, still = chain_of(dropout), chain_of(Net)
+def test_networks_are_known_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture is simulated on a CPU."""
+    x, drawing = torch.randn(2, 4, 3, 3), chain_of(dropout)
     train(drawing, x)
-    train(still, x)
-    monkeypatch.setattr(rerun, "capturing", lambda device: True)
-    train(still, x)
-    with pytest.raises(RuntimeError, match=r"\(Net\) draws random numbers.*reversible=False"):
-        train(drawing, x)
+    for module in (rerun, draws):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    train(drawing, x)
     with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(chain_of(Net), x)
     with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(drawing.eval(), x)  # it has not run in these modes
+
+
+class Noisy(nn.Module):
+    """A network that keeps the masks that it draws, of each thread."""
+
+    def __init__(self, masks: dict[str, list[Tensor]]) -> None:
+        super().__init__()
+        self.masks, self.last = masks, nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.rand_like(x)
+        self.masks[threading.current_thread().name].append(mask)
+        return self.last(x * mask)
+
+
+def test_threads_that_train_one_chain_draw_their_own_masks() -> None:
+    masks: dict[str, list[Tensor]] = defaultdict(list)
+    chain = ReversibleChain([FlowStep(4, Noisy(masks)) for _ in range(4)])
+
+    def step() -> None:
+        train(chain, torch.randn(256, 4))
+
+    for _ in range(10):
+        masks.clear()
+        threads = [threading.Thread(target=step) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(masks) == 3
+        for drawn in masks.values():
+            assert len(drawn) == 8
+            for first, again in zip(drawn[:4], drawn[:3:-1], strict=True):
+                assert torch.equal(first, again)
+
+
+def test_a_network_that_begins_to_draw() -> None:
+    chain, x = chain_of(Net), torch.randn(2, 4, 3, 3)
+    train(chain, x)
+    seen: list[Tensor] = []
+
+    def noise(h: Tensor) -> Tensor:
+        seen.append(torch.rand_like(h))
+        return h * seen[-1]
+
+    net = chain.layers[1].coupling.net
+    net.change = noise
+    for _ in range(2):
+        train(chain, x)
+        assert torch.equal(seen[-2], seen[-1])
+
+
+def test_a_context_that_a_network_changes_is_named() -> None:
+    def change(x: Tensor, context: Tensor) -> Tensor:
+        return torch.cat([x, context.add_(1)], 1)
+
+    class Changes(nn.Module):
+        forward = staticmethod(change)
+
+    chain = ReversibleChain([FlowStep(4, Changes())])
+    with pytest.raises(RuntimeError, match=r"network 0 \(Changes\) changed its context in place"):
+        chain(torch.randn(3, 4), torch.randn(3, 2))
+
+
+def test_reentrant_checkpoints_are_named_before_the_first_step() -> None:
+    reentrant = lambda h: checkpoint(torch.tanh, h, use_reentrant=True)  # noqa: E731
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises(RuntimeError, match=r"network 0 \(Net\) .*use_reentrant=False has them"):
+        chain_of(lambda: Net(reentrant))(x)
+    train(chain_of(lambda: Net(lambda h: checkpoint(torch.tanh, h, use_reentrant=False))), x)
+
+
+def test_a_checkpoint_that_draws_is_named() -> None:
+    """It would draw other numbers in its own second run."""
+    drop = nn.Dropout(0.5)
+    chain = chain_of(lambda: Net(lambda h: checkpoint(drop, h, use_reentrant=False)))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"network 2 \(Net\) draws .* checkpoint can go"):
+            train(chain, torch.randn(2, 4, 3, 3))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

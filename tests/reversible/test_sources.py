@@ -63,7 +63,7 @@ def test_a_graph_outside_of_a_network_is_an_error_before_the_first_step(layer: s
         relu = LeakyReLU()
         del relu.log_a
         relu.log_a = made.mean()  # type: ignore[assignment]
-        chain, name = ReversibleChain([relu]), r"network 0 \(LeakyReLU\)"
+        chain, name = ReversibleChain([relu]), r"layers.0 \(LeakyReLU\)"
     with pytest.raises(RuntimeError, match=name + ".*computed outside of it.*reversible=False"):
         chain(X)
     chain.reversible = False
@@ -99,6 +99,20 @@ def test_parametrized_weights(part: str, backwards: bool) -> None:
     got, want = both_gradients(chain, X, backwards=backwards)
     assert len(got) == 2 + len(list(chain.parameters()))
     assert_all_close(got, want, terms=1000)
+
+
+def test_cached_weights_are_an_error_in_the_backward_pass() -> None:
+    chain = chain_of(Net)
+    for step in chain.layers:
+        parametrize.register_parametrization(step.coupling.net.layers[0], "weight", Soft())
+    for _ in range(2):
+        with parametrize.cached():
+            loss = loss_of(*chain(X))
+            with pytest.raises(RuntimeError, match=r"network 2 .* leave it before the backward"):
+                loss.backward()
+        with parametrize.cached():
+            loss = loss_of(*chain(X))
+        loss.backward()
 
 
 class Kept(Net):
@@ -166,9 +180,44 @@ class ChangesItsInput(Net):
         return self.layers(x)
 
 
+class OwnGenerator(Net):
+    """Numbers of its own generator, in place and not, and dropout by the operator of a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        y = y * torch.empty_like(y).uniform_(generator=self.generator)
+        y = y * torch.bernoulli(torch.full_like(y, 0.5), generator=self.generator)
+        return torch.native_dropout(y, 0.5, True)[0]
+
+
+class Differentiates(Net):
+    """A network that uses its own derivative, with a leaf that it makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.layers(leaf).sum(), leaf, create_graph=True)
+        return self.layers(x + slope)
+
+
+class Attention(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(2, 2, dropout=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.cat([x, super().forward(x, x, x)[0]], 1)
+
+
 RERUN: dict[str, Callable[[], nn.Module]] = {
     "changes its input": ChangesItsInput,
     "starts in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 4)),
+    "differentiates": Differentiates,
+    "own generator": OwnGenerator,
+    "attention with dropout": Attention,
     "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4))),
     # Random slopes, dropout, and statistics of instances and of batches that are tracked.
     "noisy": lambda: nn.Sequential(
