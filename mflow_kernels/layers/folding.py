@@ -1,6 +1,7 @@
 """Actnorm folded into the invertible 1x1 convolution that follows it."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.precision import without_autocast
-from mflow_kernels.ops.registration import refuse_second_derivative
+from mflow_kernels.ops.registration import gradients_of
 from mflow_kernels.reversible.instructions import FoldedWeights
 from mflow_kernels.reversible.linear_maps import LinearMap
 
@@ -83,6 +84,11 @@ def fold_ref(
     )
 
 
+def _fold_factors(k: int, dtype: torch.dtype, *factors: Tensor) -> FoldedWeights:
+    """`fold_ref` of the factors of K steps, kind after kind."""
+    return fold_ref(*(torch.stack(factors[i : i + k]).to(dtype) for i in range(0, 7 * k, k)))
+
+
 def plu(
     permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor
 ) -> Tensor:
@@ -135,16 +141,22 @@ class _Fold(torch.autograd.Function):
             folded_bias = (weight @ products.bias[:, :, None]).squeeze(2)
         ctx.k, ctx.dtype, ctx.lean = k, dtype, lean
         ctx.dtypes = [factor.dtype for factor in factors[2 * k :]]
-        ctx.save_for_backward(weight, *(factors if lean else products))
+        ctx.save_for_backward(weight, *factors, *(() if lean else products))
         return weight, folded_bias, log_det
 
     @staticmethod
     def backward(
         ctx: Any, dweight: Tensor, dfolded_bias: Tensor, dlog_det: Tensor
     ) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("fold")
         weight, *saved = ctx.saved_tensors
-        products = _products(ctx.k, ctx.dtype, saved)[0] if ctx.lean else _Products(*saved)
+        factors, products = saved[: 7 * ctx.k], saved[7 * ctx.k :]
+        if torch.is_grad_enabled():
+            gradients = gradients_of(
+                partial(_fold_factors, ctx.k, ctx.dtype), factors, (dweight, dfolded_bias, dlog_det)
+            )
+            return None, None, None, *gradients
+        if ctx.lean:
+            products = _products(ctx.k, ctx.dtype, factors)[0]
         permutation, left, upper, diagonal, scale, bias = products
         with without_autocast(weight):
             dweight = torch.baddbmm(dweight, dfolded_bias[:, :, None], bias[:, None, :])

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import references, transformed
 
 # The computation of each operator by its name. A walk runs it where meta tensors would skip it.
 COMPUTATIONS: dict[str, Callable[..., Any]] = {}
@@ -37,7 +37,8 @@ def register(
             default all inputs.
         gradient: called as gradient(ctx, *output_gradients, run=...); returns a gradient for each
             input. `run` is the backward operator, `backward` itself, or None. By default it calls
-            `run` as described above.
+            `run` as described above, and differentiates the reference if gradients are recorded. A
+            gradient of torch's operators alone can be differentiated as it is.
 
     Returns:
         The registered operator, and its eager form (see `eager_function`).
@@ -50,7 +51,7 @@ def register(
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
         run.register_fake(fake_backward or partial(_like_tensors, _count_results(forward)))
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
-    setup, gradient = setup or _save_inputs, gradient or _run_backward
+    setup, gradient = setup or _save_inputs, gradient or partial(_run_backward, forward)
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
     return registered, eager_function(forward, setup, partial(gradient, run=backward))
 
@@ -70,26 +71,47 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _run_backward(ctx: Any, *gradients: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    found = run(*gradients, *ctx.saved_tensors, *ctx.options)
-    return (*found, *(None for _ in ctx.options))
+def _run_backward(
+    forward: Callable[..., Any], ctx: Any, *gradients: Tensor, run: Any
+) -> tuple[Tensor | None, ...]:
+    tensors, options = ctx.saved_tensors, ctx.options
+    if torch.is_grad_enabled():
+        found = gradients_of(lambda *given: forward(*given, *options), tensors, gradients)
+    else:
+        found = run(*gradients, *tensors, *options)
+    return (*found, *(None for _ in options))
 
 
 def gradients_of(
-    reference: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any
+    reference: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradients of a reference's tensors, by autograd, from those of its results, a tuple.
+    """The gradients of a reference's tensors, by autograd, from those of its results. They can be
+    differentiated again if gradients are recorded.
 
     The dispatcher calls a registered operator below autograd, which then records no graph;
     `torch.func` works there.
     """
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        results = reference(*leaves)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), references():
+        # Tensors may depend on each other. Autograd stops at views, which do not.
+        leaves = [
+            t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+            for t in tensors
+        ]
+        found = reference(*leaves)
+        results = found if isinstance(found, tuple) else (found,)
     if not results[0].requires_grad:
-        found: tuple[Tensor, ...] = torch.func.vjp(reference, *tensors)[1](cotangents)
-        return found
-    return torch.autograd.grad(results, leaves, cotangents)
+        gradients: tuple[Tensor, ...] = torch.func.vjp(reference, *tensors)[1](cotangents)
+        return gradients
+    pairs = [
+        # The ledger of a reference has one column; those of a kernel have equal gradients.
+        (y, dy if dy.shape == y.shape else dy[:, :1])
+        for y, dy in zip(results, cotangents, strict=True)
+        if y.requires_grad
+    ]
+    return torch.autograd.grad(
+        [y for y, _ in pairs], leaves, [dy for _, dy in pairs], create_graph=again
+    )
 
 
 def eager_function(
@@ -99,11 +121,12 @@ def eager_function(
 ) -> Callable[..., Any]:
     """Return a differentiable `forward` that takes a quarter of the operator's time on the host.
 
-    Compilers cannot trace the result, and its gradient cannot be differentiated again.
+    Compilers cannot trace the result.
 
     Args:
         forward: takes the operator's arguments.
-        setup, backward: as for `register_autograd`.
+        setup, backward: as for `register_autograd`. Gradients are recorded in `backward` if they
+            are to be differentiated again.
     """
 
     class Eager(torch.autograd.Function):
@@ -115,23 +138,10 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            refuse_second_derivative(forward.__name__)
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
     return Eager.apply
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise if a gradient is about to be differentiated again.
-
-    `once_differentiable` is not enough: it treats saved tensors as constants.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again; use torch.func (grad, vjp, "
-            "hessian), which differentiates the reference"
-        )
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
