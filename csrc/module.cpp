@@ -14,9 +14,10 @@
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU loops of couplings, splines, 1x1 convolutions and the masked penalty; CUDA kernels of the latter.";
+    m.doc() = "CPU loops of couplings, splines, 1x1 convolutions, folding and the masked penalty; CUDA kernels of the latter.";
     mflow::bind_coupling(m);
     mflow::bind_conv1x1(m);
+    mflow::bind_fold(m);
     mflow::bind_spline(m);
     mflow::bind_masked_penalty(m);
     m.attr("cuda_archs") = pybind11::str(MFLOW_CUDA_ARCHS).attr("split")();

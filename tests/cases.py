@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.inputs import Draw
 from benchmarks.harness.table import OPERATORS, Operator
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
-from mflow_kernels.ops.coupling import coupling_eager
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_eager
+from mflow_kernels.ops.conv1x1 import conv1x1_op, spread
+from mflow_kernels.ops.coupling import affine_coupling_op
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
@@ -275,13 +275,13 @@ def assert_matches(
 def eager_form(op: Operator, net_dtype: torch.dtype | None) -> Callable[..., tuple[Tensor, ...]]:
     """A product or coupling as layers call it, past the dispatcher. It returns the results of the
     operator, and those of a product are followed by the input of the next network."""
-    products = {"conv1x1": conv1x1_eager, "coupling_conv1x1": coupling_conv1x1_eager}
+    products = {"conv1x1": conv1x1_op.eager, "coupling_conv1x1": coupling_conv1x1_op.eager}
 
     def call(x: Tensor, *others: Tensor, scale: ScaleFunction | None = None) -> tuple[Tensor, ...]:
         states = [dense_pixels(t) for t in (x, *others[: "params" in op.inputs])]
         how = (*scale.args, op.inverse) if scale else ()
         if op.name not in products:
-            y, ledger = coupling_eager(*states, *how)
+            y, ledger = affine_coupling_op.eager(*states, *how)
             return y, ledger.sum(1)
         weights = spread(*others[-2:], x)
         y, net, *ledger = products[op.name](*states, *weights, "tf32x3", net_dtype, *how)

@@ -15,6 +15,7 @@ namespace mflow {
 // Arguments have no names in Python: matching names would take as long as converting the values.
 void bind_coupling(pybind11::module_& m);
 void bind_conv1x1(pybind11::module_& m);
+void bind_fold(pybind11::module_& m);
 void bind_spline(pybind11::module_& m);
 void bind_masked_penalty(pybind11::module_& m);
 

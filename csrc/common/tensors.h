@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -134,14 +135,13 @@ public:
         return {t.data(), t.stride(first), count == 2 ? t.stride(first + 1) : 0};
     }
 
-    // One dense partial sum: (1, C, C) with two axes, or (1, C) with one.
-    void* sum(const py::object& tensor, int64_t channels, size_t count) {
-        const Tensor& t = keep(tensor, Use::write);
-        bool fits = t.axes() == count + 1;
-        for (size_t axis = t.axes(); fits && axis-- > 1;) {
-            fits = t.length(axis) == channels && t.stride(axis) == (axis == count ? 1 : channels);
-        }
-        if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
+    // The address of a contiguous tensor of this shape, which is read from a copy in another layout; null if
+    // the tensor is None.
+    void* dense(const py::object& tensor, Use use, std::initializer_list<int64_t> shape) {
+        if (tensor.is_none()) return nullptr;
+        Tensor& t = keep(tensor, use);
+        if (use == Use::read && !is_dense(t, shape)) t.make_contiguous();
+        if (!is_dense(t, shape)) fail("expected contiguous tensors of the documented shapes");
         return t.data();
     }
 
@@ -153,6 +153,17 @@ public:
 
 private:
     Tensor& keep(const py::object& tensor, Use use) { return tensors_.emplace_back(tensor, dtype_, use); }
+
+    static bool is_dense(const Tensor& t, std::initializer_list<int64_t> shape) {
+        if (t.axes() != shape.size()) return false;
+        int64_t step = 1;
+        for (size_t axis = t.axes(); axis-- > 0;) {
+            const int64_t length = shape.begin()[axis];
+            if (t.length(axis) != length || (length > 1 && t.stride(axis) != step)) return false;
+            step *= length;
+        }
+        return true;
+    }
 
     // False if the pixels have no common stride.
     static bool find_strides(const Tensor& t, Shape& shape, StateView& view) {

@@ -91,8 +91,8 @@ void conv1x1_backward(int threads, const Half& state, const Half& dy, const py::
     }
     p.rebuilt = arguments.optional(x, Use::write, shape, channels);
     p.net = arguments.optional(net, Use::write, shape, p.first);
-    p.outer_sum = arguments.sum(outer_sum, channels, 2);
-    p.dbias = arguments.sum(dbias, channels, 1);
+    p.outer_sum = arguments.dense(outer_sum, Use::write, {1, channels, channels});
+    p.dbias = arguments.dense(dbias, Use::write, {1, channels});
     Coupling coupling;
     if (!params.is_none()) {
         coupling = second_half(p, arguments, params, &dparams, scale, inverse);

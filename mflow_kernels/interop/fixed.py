@@ -193,7 +193,7 @@ class FixedMatrix(Instruction):
     def inverse(self) -> "FixedMatrix":
         return FixedMatrix(self.part, self.channels, self.device, not self.inverted)
 
-    def fold(self, dtype: torch.dtype, *, check: bool = False, lean: bool = False) -> FoldedWeights:
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
         """The matrix and its inverse (C, C), and the log-determinant for one pixel.
 
         Only rebuilding a state reads the inverse.

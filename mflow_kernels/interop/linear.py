@@ -233,7 +233,6 @@ class Row(LinearMap):
         *,
         inverted: bool,
         check: bool,
-        lean: bool,
     ) -> FoldedWeights:
         """See `LinearMap.fold`. Rows whose layers are of the same kinds are folded in one batch,
         outside autocast."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from mflow_kernels import ops
 from mflow_kernels.interop.affine import AffineMap
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
@@ -170,13 +169,12 @@ class FusedSequence:
         costs = self._couplings, self._weights, self._passes or unequal
         if self.reversible and (self.always or rebuilding_gains(x, *costs)):
             every, record = self.checkpoint_every, self.record_drift
-            x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
+            found = apply_reversibly(program, x, (), context, every, record)
         else:
-            x, _, ledger, log_det = apply_stored(program, x, (), context)
-        if not self._has_ledger:
-            return x, log_det
-        scales = self._scales  # otherwise log_det is 0
-        return x, ops.accumulate_logdet(ledger, log_det) if scales else sum_ledger(ledger)
+            found = apply_stored(program, x, (), context)
+        if not self._has_ledger and found.constant is not None:
+            return found.x, found.constant
+        return found.x, found.logdet if self._scales else sum_ledger(found.ledger)
 
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
         return int(x.shape[1] / 4.0**self._squeezes) if inverse else x.shape[1]

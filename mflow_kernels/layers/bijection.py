@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mflow_kernels import ops
 from mflow_kernels.ops.checks import check_channels
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_stored
@@ -113,5 +112,5 @@ class Instructed(Bijection):
             latents = [zero_padding(latent, context[0]) for latent in latents]
         program = Program(self.instructions())
         program = program.inverted() if inverse else program
-        x, latents, ledger, log_det = apply_stored(program, x, latents, context)
-        return x, latents, ops.accumulate_logdet(ledger, log_det)
+        found = apply_stored(program, x, latents, context)
+        return found.x, found.latents, found.logdet

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import ops
 from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import check_latent
@@ -144,9 +143,9 @@ class ReversibleChain(Flow):
         if self.masked:
             x, context = with_mask(x, context)
         warn_if_not_initialized(self)
-        x, latents, ledger, log_det = self._run(program, x, (), context)
-        z = (*latents, x) if latents else x
-        return z, ops.accumulate_logdet(ledger, log_det)
+        found = self._run(program, x, (), context)
+        z = (*found.latents, found.x) if found.latents else found.x
+        return z, found.logdet
 
     def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
         program = self._program()
@@ -154,8 +153,8 @@ class ReversibleChain(Flow):
         if self.masked:
             x, context = with_mask(x, context)
             latents = tuple(zero_padding(latent, context[0]) for latent in latents)
-        x, _, ledger, log_det = self._run(program.inverted(), x, latents, context)
-        return x, ops.accumulate_logdet(ledger, log_det)
+        found = self._run(program.inverted(), x, latents, context)
+        return found.x, found.logdet
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         self._checked_data(x, self._program())

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias, not_invertible
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.ops.registration import gradients_of
@@ -25,6 +26,13 @@ class ActNormConv(LinearMap):
     def __init__(self, actnorm: Any, conv: Any) -> None:
         self.actnorm, self.conv = actnorm, conv
 
+    def factors(self) -> "Factors":
+        """The factors of W and those of the actnorm, which are None if there is none."""
+        permutation, lower, upper, sign, log_diagonal = self.conv.factors()
+        norm = self.actnorm
+        own = (None, None) if norm is None else (norm.log_scale, norm.bias)
+        return permutation, sign, lower, upper, log_diagonal, *own
+
     @classmethod
     def fold(
         cls,
@@ -34,38 +42,60 @@ class ActNormConv(LinearMap):
         *,
         inverted: bool,
         check: bool,
-        lean: bool,
     ) -> FoldedWeights:
         """See `LinearMap.fold`. Inverses are computed in float64."""
-        folded = fold(maps, dtype, lean)
-        if not inverted:
-            return folded
-        names = [f"{place}.conv".lstrip(".") for place in places]
-        weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
-        return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
+        steps = [m.factors() for m in maps]
+        if cpu.serves_fold(steps[0][2], dtype):
+            factors = [*chain.from_iterable(steps)]
+            if torch.is_grad_enabled():
+                return FoldedWeights(*_FoldLoop.apply(dtype, inverted, *factors))
+            *folded, fault = cpu.fold(factors, dtype, inverted)
+            if fault is not None and check:
+                step, infinite = fault
+                raise not_invertible(_name(places[step]), infinite)
+            return FoldedWeights(*folded)
+        return _fold_in_torch(steps, dtype, inverted, [*map(_name, places)], check)
 
 
-def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) -> FoldedWeights:
+def _fold_in_torch(
+    steps: Sequence["Factors"],
+    dtype: torch.dtype,
+    inverted: bool,
+    names: Sequence[str] | None = None,
+    check: bool = False,
+) -> FoldedWeights:
+    """`ActNormConv.fold` by torch's operators."""
+    folded = fold(steps, dtype)
+    if not inverted:
+        return folded
+    weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
+    return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
+
+
+def _name(place: str) -> str:
+    """The convolution of the step at this place, as errors name it."""
+    return f"{place}.conv".lstrip(".")
+
+
+# P, the signs of s, L, U, log |s|, and log_scale and bias of the actnorm.
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def fold(steps: Sequence[Factors], dtype: torch.dtype) -> FoldedWeights:
     """Fold each actnorm into the 1x1 convolution after it, all steps in one batched product.
 
     W' = W diag(exp(log_scale)), bias' = W' bias.
     """
-    if hasattr(maps[0].conv.lower, "full_tensor"):  # a DTensor
+    if hasattr(steps[0][2], "full_tensor"):  # a DTensor
         raise TypeError(
             "conv: expected whole weights, got sharded ones; a chain does not call its layers, so "
             "shard the networks or the whole chain"
         )
-    permutation, lower, upper, sign, log_diagonal = zip(
-        *(m.conv.factors() for m in maps), strict=True
-    )
-    norms = [m.actnorm for m in maps]
-    zeros = [torch.zeros_like(log_diagonal[0])] if None in norms else []
-    log_scale = [zeros[0] if norm is None else norm.log_scale for norm in norms]
-    bias = [zeros[0] if norm is None else norm.bias for norm in norms]
-    factors = permutation, sign, lower, upper, log_diagonal, log_scale, bias
+    zeros = [torch.zeros_like(steps[0][4])] if any(step[5] is None for step in steps) else []
+    factors = [[zeros[0] if f is None else f for f in row] for row in zip(*steps, strict=True)]
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
-    return FoldedWeights(*_Fold.apply(len(maps), dtype, lean, *chain.from_iterable(factors)))
+    return FoldedWeights(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
 
 
 def fold_ref(
@@ -128,36 +158,30 @@ def _products(k: int, dtype: torch.dtype, factors: Sequence[Tensor]) -> tuple[_P
 class _Fold(torch.autograd.Function):
     """`fold_ref` as one node of the graph instead of twenty, without a copy of each factor.
 
-    If `lean`, it stores no products, and its backward computes them again.
+    It stores no products. Its backward computes them again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, k: int, dtype: torch.dtype, lean: bool, *factors: Tensor
+        ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         products, log_det = _products(k, dtype, factors)
         with without_autocast(products.left):
             weight = (products.left @ products.upper).mul_(products.scale[:, None, :])
             folded_bias = (weight @ products.bias[:, :, None]).squeeze(2)
-        ctx.k, ctx.dtype, ctx.lean = k, dtype, lean
-        ctx.dtypes = [factor.dtype for factor in factors[2 * k :]]
-        ctx.save_for_backward(weight, *factors, *(() if lean else products))
+        ctx.k, ctx.dtype = k, dtype
+        ctx.save_for_backward(weight, *factors)
         return weight, folded_bias, log_det
 
     @staticmethod
     def backward(
         ctx: Any, dweight: Tensor, dfolded_bias: Tensor, dlog_det: Tensor
     ) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        factors, products = saved[: 7 * ctx.k], saved[7 * ctx.k :]
+        weight, *factors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = gradients_of(
-                partial(_fold_factors, ctx.k, ctx.dtype), factors, (dweight, dfolded_bias, dlog_det)
-            )
-            return None, None, None, *gradients
-        if ctx.lean:
-            products = _products(ctx.k, ctx.dtype, factors)[0]
-        permutation, left, upper, diagonal, scale, bias = products
+            reference = partial(_fold_factors, ctx.k, ctx.dtype)
+            return None, None, *gradients_of(reference, factors, (dweight, dfolded_bias, dlog_det))
+        permutation, left, upper, diagonal, scale, bias = _products(ctx.k, ctx.dtype, factors)[0]
         with without_autocast(weight):
             dweight = torch.baddbmm(dweight, dfolded_bias[:, :, None], bias[:, None, :])
             dbias = (dfolded_bias[:, None, :] @ weight).squeeze(1)
@@ -168,5 +192,35 @@ class _Fold(torch.autograd.Function):
         dlog_diagonal = (dupper.diagonal(dim1=1, dim2=2) * diagonal).add_(dlog_det)
         gradients = dlower.tril_(-1), dupper.triu_(1), dlog_diagonal, dlog_scale, dbias
         rows = chain.from_iterable(gradient.unbind() for gradient in gradients)
-        parts = (row.to(dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True))
-        return None, None, None, *(None,) * (2 * ctx.k), *parts
+        pairs = zip(rows, factors[2 * ctx.k :], strict=True)
+        return None, None, *(None,) * (2 * ctx.k), *(row.to(like.dtype) for row, like in pairs)
+
+
+class _FoldLoop(torch.autograd.Function):
+    """`ActNormConv.fold` by the loop of csrc, without an operator for each small product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, inverted: bool, *factors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dtype, ctx.inverted = dtype, inverted
+        ctx.save_for_backward(*factors)
+        return cpu.fold(factors, dtype, inverted)[:3]
+
+    @staticmethod
+    @torch.compiler.disable  # a compiled function may call backward()
+    def backward(
+        ctx: Any, dweight: Tensor, dbias: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        factors, gradients = ctx.saved_tensors, (dweight, dbias, dlog_det)
+        if not torch.is_grad_enabled():
+            return None, None, *cpu.fold_backward(factors, *gradients, ctx.inverted)
+
+        def reference(*given: Tensor) -> FoldedWeights:
+            rest = iter(given)
+            made: list[Any] = [None if f is None else next(rest) for f in factors]
+            steps: list[Any] = [made[i : i + 7] for i in range(0, len(made), 7)]
+            return _fold_in_torch(steps, ctx.dtype, ctx.inverted)
+
+        rest = iter(gradients_of(reference, [f for f in factors if f is not None], gradients))
+        return None, None, *(None if f is None else next(rest) for f in factors)

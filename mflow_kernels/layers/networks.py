@@ -13,7 +13,12 @@ from mflow_kernels.ops.checks import (
     check_device,
     check_tensor,
 )
-from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
+from mflow_kernels.ops.coupling_network import (
+    coupling_network,
+    has_epilogues,
+    implementation,
+    layer,
+)
 from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.precision import autocast_dtype
 
@@ -77,6 +82,9 @@ class CouplingNetwork(nn.Sequential):
     def __init__(self, *layers: nn.Module, context_channels: int = 0) -> None:
         super().__init__(*layers)
         self.context_channels = context_channels
+        # The layers that were looked at last, and whether they form Glow's network.
+        self._layers: list[Any] = []
+        self._is_glow = False
 
     def forward(self, x: Tensor, context: Tensor | None = None, *after_mask: Tensor) -> Tensor:
         mask = None
@@ -85,11 +93,21 @@ class CouplingNetwork(nn.Sequential):
         if context is not None or self.context_channels:
             x = with_context(x, context, self.context_channels)
         if mask is not None:
-            for layer in self:
-                x = layer(x if isinstance(layer, nn.ReLU) else x * mask)
+            for each in self:
+                x = each(x if isinstance(each, nn.ReLU) else x * mask)
             return x
-        params = fused_params(list(self), x)
-        return super().forward(x) if params is None else params
+        layers = [*self._modules.values()]
+        if layers != self._layers:
+            self._layers, self._is_glow = layers, is_glow_network(layers)
+        if not self._is_glow or has_hooks(*layers):
+            return super().forward(x)
+        params = fused_params(layers, x)
+        if params is not None:
+            return params
+        # As torch's modules compute it, without five calls of modules.
+        for product in layers[:-1:2]:
+            x = layer(x, product.weight, product.bias).relu_()
+        return layer(x, layers[-1].weight, layers[-1].bias)
 
 
 def with_context(x: Tensor, context: object, channels: int) -> Tensor:
@@ -181,10 +199,10 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether these modules have hooks, which a fused operator or sequence would not call."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 # The spatial axes that torch's layers expect.
@@ -216,6 +234,6 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
         return
     weight = first.weight
     check_device(name, x, weight)
-    if autocast_dtype(x) != autocast_dtype(weight):
+    if x.dtype != weight.dtype and autocast_dtype(x) != autocast_dtype(weight):
         expected, actual = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
         raise TypeError(f"{name}: expected the network's dtype {expected}, got {actual}")

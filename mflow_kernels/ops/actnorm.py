@@ -25,7 +25,7 @@ from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.partial_sums import summing_programs
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import register
 from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
 
 
@@ -182,7 +182,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-actnorm_op, _ = register("actnorm", _forward, _backward, fake=_fake)
+actnorm_op = register("actnorm", _forward, _backward, fake=_fake)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
     """
     x = _checked("x", x, bias, log_scale)
     logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
-    y = operator(actnorm_op, _forward)(x, bias, log_scale, False)
+    y = actnorm_op(x, bias, log_scale, False)
     return y, logdet.expand(x.shape[0])
 
 
@@ -218,5 +218,5 @@ def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor,
     """The inverse of `actnorm`: x, and the negative of its logdet. Same arguments."""
     y = _checked("y", y, bias, log_scale)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
-    x = operator(actnorm_op, _forward)(y, bias, log_scale, True)
+    x = actnorm_op(y, bias, log_scale, True)
     return x, logdet.expand(y.shape[0])

@@ -40,7 +40,7 @@ from mflow_kernels.ops.checks import check_choice, check_device, check_shape, ch
 from mflow_kernels.ops.launch import capturing, cusolver, transformed, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, halves, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import register
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -136,7 +136,7 @@ def _fake_backward(
     return torch.empty_like(x), *fake_sums(weight, bias)
 
 
-conv1x1_op, conv1x1_eager = register(
+conv1x1_op = register(
     "conv1x1", conv1x1_forward, conv1x1_backward, fake=_fake, fake_backward=_fake_backward
 )
 
@@ -176,8 +176,7 @@ def conv1x1(
     """
     x = flow_state("x", x)
     weight, bias = check_conv1x1(x, weight, bias, precision)
-    run = operator(conv1x1_op, conv1x1_forward)
-    return run(x, *spread(weight, bias, x), precision, None)[0]
+    return conv1x1_op(x, *spread(weight, bias, x), precision, None)[0]
 
 
 def conv1x1_inverse(
@@ -194,9 +193,8 @@ def conv1x1_inverse(
     """
     y = flow_state("y", y)
     weight, bias = check_conv1x1(y, weight, bias, precision)
-    run = operator(conv1x1_op, conv1x1_forward)
     inverted = inverse_weight_and_bias(weight, bias, check=not torch.is_grad_enabled())
-    return run(y, *spread(*inverted, y), precision, None)[0]
+    return conv1x1_op(y, *spread(*inverted, y), precision, None)[0]
 
 
 def _readable(x: Tensor) -> bool:
@@ -243,13 +241,17 @@ def _inverse_weight_and_bias(
     good = finite & inverted & (info == 0)
     if check and _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
-        fault = "singular" if finite.flatten()[first] else "not finite"
-        name = names[first] if names else "weight"
-        raise ValueError(f"{name}: expected an invertible matrix, got one that is {fault}")
+        infinite = not finite.flatten()[first]
+        raise not_invertible(names[first] if names else "weight", infinite)
     # LAPACK returns finite numbers for a singular W.
     missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
     inverse = inverse.masked_fill(missing, math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)
+
+
+def not_invertible(name: str, infinite: bool) -> ValueError:
+    fault = "not finite" if infinite else "singular"
+    return ValueError(f"{name}: expected an invertible matrix, got one that is {fault}")
 
 
 class _InverseWeightAndBias(torch.autograd.Function):

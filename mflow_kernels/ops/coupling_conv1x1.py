@@ -58,7 +58,7 @@ from mflow_kernels.ops.layouts import (
 )
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import register
 from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
 from mflow_kernels.ops.tiles import columns, ledger_columns, read_ledger
 
@@ -247,7 +247,7 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(params), *fake_sums(weight, bias)
 
 
-coupling_conv1x1_op, coupling_conv1x1_eager = register(
+coupling_conv1x1_op = register(
     "coupling_conv1x1",
     coupling_conv1x1_forward,
     coupling_conv1x1_backward,
@@ -316,6 +316,5 @@ def _fused_step(
     params = check_params(x, params, state="y" if inverse else "x")
     spread_weights = spread(*check_conv1x1(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
-    run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
-    y, _, ledger = run(x, params, *spread_weights, precision, None, *args, inverse)
+    y, _, ledger = coupling_conv1x1_op(x, params, *spread_weights, precision, None, *args, inverse)
     return y, sum_ledger(ledger)

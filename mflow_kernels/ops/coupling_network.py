@@ -362,7 +362,7 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None
 
 
-coupling_network_op, network_eager = register(
+coupling_network_op = register(
     "coupling_network",
     network_forward,
     network_backward,
@@ -406,7 +406,7 @@ def coupling_network(
         kernels = supports(x, w1, w3)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if torch.compiler.is_compiling():
-        run = coupling_network_op
+        run = coupling_network_op.registered
     else:
-        run = network_eager if keep else network_forward
+        run = coupling_network_op.eager if keep else network_forward
     return cast(Tensor, run(*given, keep, kernels)[0])

@@ -6,11 +6,13 @@ or `serves_conv1x1` first.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.layouts import dense_pixels, halves, net_input
@@ -28,8 +30,8 @@ def load_extension() -> ModuleType | None:
 _C = load_extension()
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the loops can run on the state x.
+def serves(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the loops can run on the state x, converted to `dtype` if that is given.
 
     They need a plain tensor with memory. Compilers, forward-mode differentiation and transforms of
     torch.func pass other tensors, and a fake tensor has no memory.
@@ -38,8 +40,8 @@ def serves(x: Tensor) -> bool:
         _C is not None
         and not torch.compiler.is_compiling()
         and not transformed()
-        and type(x) is Tensor
-        and x.dtype in (torch.float32, torch.float64)
+        and type(x) in (Tensor, Parameter)
+        and (dtype or x.dtype) in (torch.float32, torch.float64)
         and (is_walked() if x.is_meta else x.device.type == "cpu")
     )
 
@@ -57,6 +59,55 @@ CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 def serves_conv1x1(x: Tensor) -> bool:
     """Whether the loops can run a 1x1 convolution of x. With more channels BLAS is as fast."""
     return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
+
+
+# The largest number of channels that the loop of foldings takes.
+FOLD_MAX_CHANNELS: int = 0 if _C is None else _C.fold_max_channels
+
+
+def serves_fold(lower: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the loop can fold factors such as L (C, C), to matrices of this dtype."""
+    return lower.shape[-1] <= FOLD_MAX_CHANNELS and serves(lower, dtype) and not is_walked()
+
+
+def fold(
+    factors: Sequence[Tensor | None], dtype: torch.dtype, inverted: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, bool] | None]:
+    """Compute `folding.fold_ref` of K steps from seven factors each, or the inverses of its maps.
+
+    The last result is the number of the first map that has no finite inverse, if it needs one, and
+    whether the map itself is not finite.
+    """
+    steps = [factors[i : i + 7] for i in range(0, len(factors), 7)]
+    lower = steps[0][2]
+    assert lower is not None
+    k, c = len(steps), lower.shape[-1]
+    weight = torch.empty((k, c, c), dtype=dtype)
+    bias, log_det = torch.empty((k, c), dtype=dtype), torch.empty((), dtype=dtype)
+    return weight, bias, log_det, _C.fold(steps, weight, bias, log_det, inverted)
+
+
+def fold_backward(
+    factors: Sequence[Tensor | None],
+    dweight: Tensor,
+    dbias: Tensor,
+    dlog_det: Tensor,
+    inverted: bool,
+) -> list[Tensor | None]:
+    """The gradients of `fold`'s factors; None for the permutations and signs."""
+    dtype = dweight.dtype
+    made = [
+        None if f is None or i % 7 < 2 else torch.empty(f.shape, dtype=dtype)
+        for i, f in enumerate(factors)
+    ]
+    starts = range(0, len(factors), 7)
+    steps = [factors[i : i + 7] for i in starts]
+    gradients = [tuple(made[i + 2 : i + 7]) for i in starts]
+    _C.fold_backward(steps, dweight, dbias, dlog_det, inverted, gradients)
+    return [
+        g if g is None or f is None or g.dtype == f.dtype else g.to(f.dtype)
+        for f, g in zip(factors, made, strict=True)
+    ]
 
 
 def change_half(
@@ -133,15 +184,15 @@ def conv1x1(
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Any]:
     """Compute `conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
 
     One stride must reach the pixels of x (`dense_pixels`). Returns y, the network input cut from y,
-    and the ledger (empty without params).
+    and the ledger (None without params).
     """
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
-    ledger = x.new_empty((0 if params is None else x.shape[0], 1))
+    ledger = None if params is None else x.new_empty((x.shape[0], 1))
     cut = net_dtype == x.dtype
     how = () if scale is None else scale.args, inverse
     _run("conv1x1", x, params, weight, bias, y, net if cut else None, ledger, *how)

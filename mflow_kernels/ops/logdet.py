@@ -19,7 +19,7 @@ from torch import Tensor
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import launch, uses_triton
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import register
 
 BLOCK_T = 1024
 
@@ -65,7 +65,7 @@ def _gradient(ctx: Any, dlogdet: Tensor, run: None) -> tuple[Tensor, Tensor]:
     return dlogdet[:, None].expand(-1, ctx.columns), dlogdet.sum()
 
 
-accumulate_logdet_op, _ = register(
+accumulate_logdet_op = register(
     "accumulate_logdet", _forward, fake=_fake, setup=_setup, gradient=_gradient
 )
 
@@ -89,13 +89,12 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
         raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
     check_shape("constant", constant, ())
     check_device("constant", constant, ledger)
-    if ledger.shape[1] == 1:
-        return ledger[:, 0] + constant
-    return operator(accumulate_logdet_op, _forward)(ledger, constant)
+    return sum_ledger(ledger, constant)
 
 
-def sum_ledger(ledger: Tensor) -> Tensor:
-    """The sum of each row of an operator's ledger (N, T)."""
+def sum_ledger(ledger: Tensor, constant: Tensor | None = None) -> Tensor:
+    """`accumulate_logdet` without checks, and without a constant if it is None."""
     if ledger.shape[1] == 1:
-        return ledger[:, 0]
-    return operator(accumulate_logdet_op, _forward)(ledger, ledger.new_zeros(()))
+        terms = ledger.squeeze(1)
+        return terms if constant is None else terms + constant
+    return accumulate_logdet_op(ledger, ledger.new_zeros(()) if constant is None else constant)

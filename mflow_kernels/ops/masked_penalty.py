@@ -47,7 +47,7 @@ from mflow_kernels.ops.cpu import _C
 from mflow_kernels.ops.launch import is_walked, noted, references, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import gradients_of, operator, register
+from mflow_kernels.ops.registration import gradients_of, register
 
 
 def _terms(
@@ -271,7 +271,7 @@ def _gradient(
     return (*grads, None, None, None, None, None)
 
 
-masked_penalty_op, _ = register(
+masked_penalty_op = register(
     "masked_penalty",
     _forward,
     _backward,
@@ -358,8 +358,7 @@ def masked_penalty_gaussian(
         target = None if target is None else target.flatten(1)
         mask = None if mask is None else _flat(mask, inner)
         weights = None if weights is None else _flat(weights, inner)
-    run = operator(masked_penalty_op, _forward)
-    penalty, gaussian = run(input, target, mask, weights, scale, rho, float(delta))
+    penalty, gaussian = masked_penalty_op(input, target, mask, weights, scale, rho, float(delta))
     return penalty, gaussian
 
 

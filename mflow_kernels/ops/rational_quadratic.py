@@ -37,7 +37,7 @@ from mflow_kernels.ops.layouts import channels_first, dense_pixels, flow_state, 
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rational_quadratic_kernels import spline_bwd_kernel, spline_fwd_kernel
-from mflow_kernels.ops.registration import gradients_of, operator, register
+from mflow_kernels.ops.registration import gradients_of, register
 from mflow_kernels.ops.spline import Spline, SplineOptions, make_spline, spline_of, spline_ref
 from mflow_kernels.ops.tiles import ledger_columns
 
@@ -163,9 +163,7 @@ def spline_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-rational_quadratic_op, spline_eager = register(
-    "rational_quadratic", spline_forward, spline_backward, fake=_empty
-)
+rational_quadratic_op = register("rational_quadratic", spline_forward, spline_backward, fake=_empty)
 
 
 def check_numbers(
@@ -187,14 +185,8 @@ def check_numbers(
 def apply_spline(
     x: Tensor, params: Tensor, spline: Spline, identity: int, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y and logdet (N,), from checked arguments.
-
-    A flow on vectors is small, so the time on the host counts: unless a compiler or another mode of
-    dispatch must see the operator, its eager form runs.
-    """
-    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    run = operator(rational_quadratic_op if seen else spline_eager, spline_forward)
-    y, ledger = run(x, params, *spline.args, identity, inverse)
+    """y and logdet (N,), from checked arguments."""
+    y, ledger = rational_quadratic_op(x, params, *spline.args, identity, inverse)
     return y, sum_ledger(ledger)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ def register(
     fake_backward: Callable[..., Any] | None = None,
     setup: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradient: Callable[..., tuple[Tensor | None, ...]] | None = None,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+) -> "Operator":
     """Register mflow::name and, if the gradient has a kernel, mflow::name_backward.
 
     Args:
@@ -41,7 +42,7 @@ def register(
             gradient of torch's operators alone can be differentiated as it is.
 
     Returns:
-        The registered operator, and its eager form (see `eager_function`).
+        The operator in its three forms.
     """
     registered = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
     registered.register_fake(fake)
@@ -53,7 +54,32 @@ def register(
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
     setup, gradient = setup or _save_inputs, gradient or partial(_run_backward, forward)
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
-    return registered, eager_function(forward, setup, partial(gradient, run=backward))
+    return Operator(
+        registered, eager_function(forward, setup, partial(gradient, run=backward)), forward
+    )
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator. A call runs the form that fits the mode.
+
+    Attributes:
+        registered: what compilers and dispatch modes see.
+        eager: an autograd function, which costs the host a quarter as much.
+        plain: the computation without autograd; under transforms of torch.func and in forward-mode
+            differentiation it runs the reference, which they differentiate.
+    """
+
+    registered: Callable[..., Any]
+    eager: Callable[..., Any]
+    plain: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        if transformed():
+            return self.plain(*arguments)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return self.registered(*arguments)
+        return (self.eager if torch.is_grad_enabled() else self.plain)(*arguments)
 
 
 def _count_results(forward: Callable[..., Any]) -> int:
@@ -142,11 +168,3 @@ def eager_function(
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
     return Eager.apply
-
-
-def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the registered operator, or its plain `forward` if a transform is on.
-
-    The operator works neither under forward-mode differentiation nor in transforms of torch.func.
-    """
-    return forward if transformed() else registered

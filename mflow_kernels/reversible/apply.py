@@ -1,6 +1,7 @@
 """Runs programs under autograd. Their states are stored, or rebuilt in the backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import in_layout_of
+from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.again import differentiate
 from mflow_kernels.reversible.backward import BackwardPass, Stored
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
 from mflow_kernels.reversible.modes import autocast_state, random_state, same_random_state
 from mflow_kernels.reversible.program import Program, keep_layout
-from mflow_kernels.reversible.rerun import RerunCall
+from mflow_kernels.reversible.rerun import RerunCall, check_repeats, tensors_of
 
 
 class Result(NamedTuple):
@@ -24,7 +27,12 @@ class Result(NamedTuple):
     x: Tensor  # the state, in the dtype of the input
     latents: tuple[Tensor, ...]  # in the order in which they were split off
     ledger: Tensor  # (N, T), terms of the log-determinant of each sample
-    log_det: Tensor  # (), the part of the log-determinant that all samples share
+    constant: Tensor | None  # (), the part of it that all samples share, if there is one
+
+    @property
+    def logdet(self) -> Tensor:
+        """(N,)"""
+        return sum_ledger(self.ledger, self.constant)
 
 
 def apply_stored(
@@ -48,9 +56,10 @@ def apply_stored(
     folded = [i.fold(dtype, check=check) for i in program.instructions]
     forward = ForwardPass(x, list(latents), context)
     found = _run(program.instructions, folded, forward)
-    keep_layout(forward.x)
-    shared = _shared(folded, found)
-    return _result(forward.x, tuple(forward.latents), forward.ledger, shared)
+    if len(program.instructions) > 1:
+        keep_layout(forward.x)
+    terms = _terms(forward.x, forward.ledger, _shared(folded, found))
+    return Result(forward.x, tuple(forward.latents), *terms)
 
 
 def apply_reversibly(
@@ -74,8 +83,7 @@ def apply_reversibly(
     Raises:
         ValueError: as `apply_stored`.
         RuntimeError: a network or layer depends on tensors for which the backward pass has no
-            gradient. In the backward pass: its gradient is to be differentiated again, or a
-            parameter was replaced after the forward pass.
+            gradient. In the backward pass: a parameter was replaced after the forward pass.
     """
     if not torch.is_grad_enabled() or transformed():
         return apply_stored(program, x, latents, context)
@@ -100,17 +108,16 @@ def _shared(folded: Sequence[FoldedWeights | None], found: Sequence[int | Tensor
     return [n * f.log_det for f, n in zip(folded, found, strict=True) if f is not None]
 
 
-def _result(
-    x: Tensor, latents: tuple[Tensor, ...], ledgers: Sequence[Tensor], shared: Sequence[Tensor]
-) -> Result:
+def _terms(
+    x: Tensor, ledgers: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """The terms of the log-determinant of each sample (N, T), and of all samples ()."""
     ledgers = [*ledgers, *(part[:, None] for part in shared if part.dim())]
     if not ledgers:
         ledgers = [x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype))]
+    constants = [part for part in shared if not part.dim()]
     ledger = ledgers[0] if len(ledgers) == 1 else torch.cat([*ledgers], dim=1)
-    log_det = ledger.new_zeros(())
-    for part in shared:
-        log_det = log_det if part.dim() else log_det + part
-    return Result(x, latents, ledger, log_det)
+    return ledger, sum(constants[1:], constants[0]) if constants else None
 
 
 @dataclass(kw_only=True)
@@ -137,6 +144,23 @@ class _RecordingPass(ForwardPass):
         if not same_random_state(self._random, random):
             again.random = self._random
         self._random = random
+        return result
+
+
+@dataclass(kw_only=True)
+class _RepeatingPass(ForwardPass):
+    """A forward pass with gradients, in which each call repeats its first run.
+
+    The results of the calls may depend on `leaves`.
+    """
+
+    calls: Iterator[RerunCall]
+    leaves: Sequence[Tensor]
+
+    def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
+        again = next(self.calls)
+        result = again.run_again(module_input, self.context)
+        again.check_sources(tensors_of(result), self.leaves)
         return result
 
 
@@ -172,12 +196,29 @@ class _Segment:
 
 @dataclass
 class _Record:
-    """Data that the nodes of all segments share. `backward` is the backward pass itself."""
+    """Data that the nodes of all segments share.
+
+    Attributes:
+        task: the pass of autograd's engine that the other attributes belong to.
+        backward: the backward pass itself.
+        dx: the gradient that the node before returned for its state. Any other gradient of that
+            state has further parts, from gradients that are being differentiated again.
+        gradients: of leaves, by id, from nodes that did not take part in `backward`.
+    """
 
     record_drift: Callable[[Tensor], None]
     autocast: dict[str, Any]
     segments: list[_Segment] = field(default_factory=list)
+    task: int = -1
     backward: BackwardPass | None = None
+    dx: Tensor | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter(self) -> None:
+        """Forget what an earlier pass of autograd's engine has left."""
+        task = torch._C._current_graph_task_id()
+        if self.task != task:
+            self.task, self.backward, self.dx, self.gradients = task, None, None, {}
 
 
 @torch.compiler.disable(
@@ -202,7 +243,7 @@ def _apply_reversibly(
     parts = program.segments()
     for part in parts:
         # Folded just before its segment, so that autograd differentiates it just after.
-        folded = [i.fold(dtype, lean=True) for i in part]
+        folded = [i.fold(dtype) for i in part]
         first = len(waiting) - sum(i.joins for i in part)
         joined, waiting = waiting[first:], waiting[:first]
         given = x.detach(), [z.detach() for z in joined], detached
@@ -229,7 +270,7 @@ def _apply_reversibly(
     for segment in record.segments:
         ledgers.append(next(rest))
         split_off += islice(rest, segment.splits)
-    return _result(x, tuple(split_off), ledgers, shared)
+    return Result(x, tuple(split_off), *_terms(x, ledgers, shared))
 
 
 class _SegmentFunction(torch.autograd.Function):
@@ -251,47 +292,48 @@ class _SegmentFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights_and_biases = 2 * sum(segment.folds)
         ctx.lengths = len(forward.context), weights_and_biases, len(segment.sources)
-        _, context, weights, sources, others = _split(rest, segment.joins, *ctx.lengths)
+        joined, context, weights, sources, others = _split(rest, segment.joins, *ctx.lengths)
         ctx.record, ctx.segment, ctx.stored_at = record, segment, list(forward.stored)
         # The backward pass starts from the last state, and ends where no more gradient is needed.
         ctx.starts = segment.last
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[3]
-        first_and_last = (*((forward.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
         stored = (t for pair in forward.stored.values() for t in pair)
         # Saving sources and buffers lets autograd detect changes in place before the backward pass.
         buffers = {id(b): b for call in forward.calls for b in call.buffers}.values()
+        # Only a gradient that is to be differentiated again needs x and the joined latents of all
+        # segments. Their inputs have fewer numbers than two states together.
         ctx.save_for_backward(
-            *(*first_and_last, *forward.latents, *stored), *(*context, *weights, *sources, *buffers)
+            *(x, *joined, *context, *weights, *sources),
+            *((forward.x,) if ctx.starts else ()),
+            *(*forward.latents, *stored, *buffers),
         )
-        ledger = _result(forward.x, (), forward.ledger, ()).ledger
+        ledger, _ = _terms(forward.x, forward.ledger, ())
         return forward.x, *others, ledger, *forward.latents
 
     @staticmethod
     @torch.compiler.disable  # a compiled function may call backward()
     def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ReversibleChain: a reversible backward pass cannot be differentiated again; use "
-                "torch.func (grad, vjp, hessian), which stores the states"
-            )
         record: _Record = ctx.record
         segment: _Segment = ctx.segment
         own = len(grads) - 1 - segment.splits
         dothers, (dledger, *dlatents) = grads[:own], grads[own:]
-        starts, ends, latents, stored, context, weights, _ = _split(
+        inputs, starts, latents, stored, _ = _split(
             ctx.saved_tensors,
+            1 + segment.joins + sum(ctx.lengths),
             int(ctx.starts),
-            int(ctx.ends),
             segment.splits,
             2 * len(ctx.stored_at),
-            *ctx.lengths[:2],
         )
+        record.enter()
+        if torch.is_grad_enabled() or not (ctx.starts or dx is record.dx):
+            return *_gradients_again(ctx, inputs, (dx, dledger, *dlatents)), *dothers
+        (first_state, *_), context, weights, _ = _split(inputs, 1 + segment.joins, *ctx.lengths[:2])
         dlatents = [in_layout_of(z, dz) for z, dz in zip(latents, dlatents, strict=True)]
         if starts:
             dx = in_layout_of(starts[0], dx)  # see `keep_layout`
             record.backward = BackwardPass(starts[0], dx, context, record.autocast)
         backward = record.backward
-        assert backward is not None  # autograd runs the last segment's node first
+        assert backward is not None
         # `requires_grad` of the copies tells the instructions which gradients are needed.
         first = 4 + segment.joins + len(context)
         needed = ctx.needs_input_grad[first : first + len(weights)]
@@ -305,19 +347,69 @@ class _SegmentFunction(torch.autograd.Function):
             dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
         )
         x, dx = backward.whole()
-        if ends:
-            record.backward = None
-            backward.compare([x], ends[0])
+        record.dx = dx
+        if ctx.ends:
+            record.backward = record.dx = None
+            backward.compare([x], first_state)
             if backward.drift is not None:
                 record.record_drift(backward.drift)
         gradients = backward.gradients
-        dcontext = [gradients.get(id(c)) if ends else None for c in backward.context]
+        dcontext = [gradients.get(id(c)) if ctx.ends else None for c in backward.context]
         dsources = [gradients.pop(id(t), None) for t in segment.sources]
         return (
             *(None, None, None, dx, *backward.joined, *dcontext),
             *(d for pair in dweights if pair is not None for d in pair),
             *(*dsources, *dothers),
         )
+
+
+def _gradients_again(
+    ctx: Any, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a segment's inputs, which can be differentiated again.
+
+    The segment runs once more, as if it stored its states, and autograd differentiates it.
+    """
+    record: _Record = ctx.record
+    segment: _Segment = ctx.segment
+    lengths = 1 + segment.joins, *ctx.lengths[:2]
+    given = inputs[: sum(lengths)]
+    needed = ctx.needs_input_grad[3 : 3 + len(given)]
+    copies = [t.detach().requires_grad_(n) for t, n in zip(given, needed, strict=True)]
+    sources = list({id(t): t for call in segment.calls for t in call.sources}.values())
+    (x, *joined), context, weights, _ = _split(copies, *lengths)
+    leaves = [*copies, *sources]
+    forward = _RepeatingPass(x, joined, context, calls=iter(segment.calls), leaves=leaves)
+    pairs, no_log_det = iter(weights), x.new_zeros(())
+    folded = [
+        FoldedWeights(next(pairs), next(pairs), no_log_det) if has else None
+        for has in segment.folds
+    ]
+    with ExitStack() as stack:
+        for call in segment.calls:
+            stack.enter_context(call.trained_as_in_forward())
+        with torch.enable_grad(), torch.autocast(**record.autocast):
+            _run(segment.instructions, folded, forward)
+            results = forward.x, _terms(forward.x, forward.ledger, ())[0], *forward.latents
+        check_repeats(segment.calls[::-1])
+        found = differentiate(results, leaves, [*given, *sources], cotangents)
+    of_given, total = found[: len(given)], record.gradients
+    if record.backward is not None:  # it undid the later segments
+        left, first = record.backward.gradients, 1 + segment.joins
+        for i, copy in enumerate(record.backward.context, start=first):
+            of_given[i] = _sum(of_given[i], left.pop(id(copy), None))
+        total.update(left)
+        record.backward = record.dx = None
+    for source, gradient in zip(sources, found[len(given) :], strict=True):
+        if gradient is not None:
+            total[id(source)] = _sum(gradient, total.get(id(source)))
+    own = [total.pop(id(t), None) for t in segment.sources]
+    return None, None, None, *of_given, *own
+
+
+def _sum(a: Any, b: Tensor | None) -> Any:
+    """The sum of two gradients, of which each may be None."""
+    return a if b is None else b if a is None else a + b
 
 
 def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:

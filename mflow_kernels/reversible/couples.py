@@ -6,24 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_shape, check_tensor
-from mflow_kernels.ops.coupling import (
-    affine_coupling_op,
-    check_params,
-    coupling_eager,
-    coupling_forward,
-)
-from mflow_kernels.ops.coupling_conv1x1 import (
-    coupling_conv1x1_eager,
-    coupling_conv1x1_forward,
-    coupling_conv1x1_op,
-)
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.coupling import affine_coupling_op, check_params
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.rational_quadratic import (
     check_numbers,
     rational_quadratic_op,
     spline_backward,
-    spline_eager,
     spline_forward,
 )
 from mflow_kernels.ops.rebuild_coupling import RebuiltCoupling, rebuild_coupling
@@ -33,17 +22,6 @@ from mflow_kernels.reversible.instructions import Call, Directed, Pair
 from mflow_kernels.reversible.masks import mask_at
 
 PRECISION = "tf32x3"
-
-
-def operator_form(registered: Any, eager: Any, plain: Any) -> Any:
-    """The form of an operator that fits the mode.
-
-    Compilers get the registered operator, autograd gets an autograd function, and everything else
-    gets the plain function, which has the least overhead.
-    """
-    if torch.compiler.is_compiling() and not transformed():
-        return registered
-    return eager if torch.is_grad_enabled() and not transformed() else plain
 
 
 class Couple(Directed):
@@ -116,14 +94,13 @@ class AffineCouple(Couple):
         return check_params(x, params, "net's output")
 
     def run(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        run = operator_form(affine_coupling_op, coupling_eager, coupling_forward)
-        return run(x, params, *self.scale.args, self.inverted)
+        return affine_coupling_op(x, params, *self.scale.args, self.inverted)
 
     def run_with_linear(
         self, x: Tensor, params: Tensor, weights: Pair, net_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = operator_form(coupling_conv1x1_op, coupling_conv1x1_eager, coupling_conv1x1_forward)
-        return run(x, params, *weights, PRECISION, net_dtype, *self.scale.args, self.inverted)
+        how = PRECISION, net_dtype, *self.scale.args, self.inverted
+        return coupling_conv1x1_op(x, params, *weights, *how)
 
     def undo(
         self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None
@@ -166,8 +143,8 @@ class SplineCouple(Couple):
         return check_numbers(x, params, self.spline, x.shape[1] // 2, "net's output")
 
     def run(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        run = operator_form(rational_quadratic_op, spline_eager, spline_forward)
-        return run(x, params, *self.spline.args, x.shape[1] // 2, self.inverted)
+        how = *self.spline.args, x.shape[1] // 2, self.inverted
+        return rational_quadratic_op(x, params, *how)
 
     def undo(
         self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None

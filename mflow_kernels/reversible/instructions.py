@@ -102,13 +102,8 @@ class Instruction:
         """The modules that it calls, in order."""
         return ()
 
-    def fold(
-        self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
-    ) -> FoldedWeights | None:
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
         """The linear maps that it applies, computed once for each run of the program.
-
-        Args:
-            lean: whether the gradient may compute again what it needs, instead of storing it.
 
         Raises:
             ValueError: with `check`, if an inverse is needed and does not exist.

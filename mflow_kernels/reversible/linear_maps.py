@@ -42,13 +42,11 @@ class LinearMap:
         *,
         inverted: bool,
         check: bool,
-        lean: bool,
     ) -> FoldedWeights:
         """Compute the weights of maps of one width, or of their inverses, in one batch.
 
         Args:
             places: the layers that they came from, for errors.
-            lean: as for `Instruction.fold`.
 
         Raises:
             ValueError: with `check`, if an inverse is needed and does not exist.

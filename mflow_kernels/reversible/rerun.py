@@ -168,7 +168,7 @@ class RerunCall:
         ]
         with self._recorded(saved):
             result, leaves, given, guard = self._run_guarded(module_input, context)
-        tensors = _tensors(result)
+        tensors = tensors_of(result)
         found = self._leaves_behind(tensors, guard._sequence_nr())
         owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
         known = Known([weakref.ref(leaf) for leaf in found if id(leaf) not in owned])
@@ -224,7 +224,7 @@ class RerunCall:
             for module, name, buffer, version in before:
                 if _buffers_of(module).get(name) is not buffer or buffer._version != version:
                     self.raise_not_repeated(f"changed its buffer {name} again")
-        again = [fingerprint(t) for t in (*saved, *_tensors(result))]
+        again = [fingerprint(t) for t in (*saved, *tensors_of(result))]
         self.difference = difference(self._fingerprints, again)
         return result
 
@@ -353,7 +353,7 @@ def _buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return module._buffers  # type: ignore[return-value]
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def tensors_of(result: Any) -> list[Tensor]:
     parts = result if isinstance(result, (tuple, list)) else (result,)
     return [t for t in parts if isinstance(t, Tensor)]
 

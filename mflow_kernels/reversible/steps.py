@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_device
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_forward, conv1x1_op, spread
+from mflow_kernels.ops.conv1x1 import conv1x1_op, spread
+from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.layouts import cut_net_input
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.ops.precision import autocast_dtype
-from mflow_kernels.ops.registration import eager_function
-from mflow_kernels.reversible.couples import PRECISION, Couple, operator_form
+from mflow_kernels.ops.registration import Operator, eager_function
+from mflow_kernels.reversible.couples import PRECISION, Couple
 from mflow_kernels.reversible.instructions import (
     BackwardPass,
     Call,
@@ -99,19 +100,16 @@ class Steps(Instruction):
     def pixels(self, forward: ForwardPass) -> int | Tensor:
         return frames(forward.context[0], forward.x) if self.masked else super().pixels(forward)
 
-    def fold(
-        self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
-    ) -> FoldedWeights | None:
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
         """The rows are in the direction data -> latent."""
         found = [(s.linear, s.place) for s in self.steps if s.linear is not None]
         if not found:
             return None
         maps, places = zip(*(found[::-1] if self.inverted else found), strict=True)
-        how = {"inverted": self.inverted, "check": check, "lean": lean}
+        how = {"inverted": self.inverted, "check": check}
         return type(maps[0]).fold(maps, places, dtype, **how)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
-        linear = operator_form(conv1x1_op, conv1x1_eager, conv1x1_forward)
         x, steps, dense = forward.x, self.steps, self._dense
         valid = mask_at(forward.context[0], x) if self.masked else None
         weights = iter(_rows(folded, self.inverted, x, dense))
@@ -123,7 +121,7 @@ class Steps(Instruction):
             if step.linear is not None and not fused:
                 dtype = None if step.couple is None else autocast_dtype(x)
                 if dense:
-                    x, net_input = linear(x, *next(weights), PRECISION, dtype)
+                    x, net_input = conv1x1_op(x, *next(weights), PRECISION, dtype)
                 else:
                     x, net_input = step.linear.run(x, *next(weights), self.inverted, dtype)
                 x, net_input = _valid(x, valid), _valid(net_input, valid)
@@ -216,7 +214,7 @@ def _cut(x: Tensor) -> Tensor:
     dtype = autocast_dtype(x)
     if x.dim() == 2 and dtype == x.dtype:
         return x[:, : x.shape[1] // 2].clone(memory_format=torch.contiguous_format)
-    return operator_form(cut_net_input, _cut_eager, cut_net_input)(x, dtype)
+    return _cut_op(x, dtype)
 
 
 # Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. This
@@ -233,7 +231,9 @@ def _cut_backward(ctx: Any, dnet: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None
 
 
-_cut_eager = eager_function(cut_net_input, _setup_cut, _cut_backward)
+_cut_op = Operator(
+    cut_net_input, eager_function(cut_net_input, _setup_cut, _cut_backward), cut_net_input
+)
 
 
 def _rows(
@@ -244,6 +244,8 @@ def _rows(
         return []
     check_device("weight", folded.weight, x)
     # `unbind` makes one gradient of all steps; indexing would make and add one for each.
+    if dense and len(folded.weight) == 1 and not uses_triton(x):
+        return [(folded.weight, folded.bias)]  # one step, and one partial sum of its gradient
     if dense:
         weight, bias = spread(folded.weight, folded.bias, x)
         rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers import FlowStep, InvertibleConv1x1
 from mflow_kernels.layers.conv1x1 import condition_number
-from mflow_kernels.layers.folding import fold
-from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
+from mflow_kernels.layers.folding import ActNormConv
 
 
 @torch.no_grad()
@@ -22,7 +21,7 @@ def largest_conditions(model: nn.Module) -> dict[str, Tensor]:
     steps = _steps(model)
     if not steps:
         return {}
-    folded = [condition_number(fold([step.linear], torch.float64).weight[0]) for step in steps]
+    folded = [condition_number(_folded(step, torch.float64)) for step in steps]
     conditions = [step.conv.condition_number() for step in steps]
     values = {"condition": conditions, "folded_condition": folded}
     return {name: torch.stack(found).max().float() for name, found in values.items()}
@@ -46,15 +45,17 @@ def singular_means_divergence(model: nn.Module) -> Iterator[None]:
         yield
     except ValueError as error:
         with torch.no_grad():
-            convs = [fold([step.linear], torch.float32) for step in _steps(model)]
-            inverses = [
-                inverse_weight_and_bias(conv.weight, conv.bias, check=False)[0] for conv in convs
-            ]
+            inverses = [_folded(step, torch.float32, inverted=True) for step in _steps(model)]
         if all(inverse.isfinite().all() for inverse in inverses):
             raise
         raise FloatingPointError(
             f"training diverged ({error}); a lower --learning-rate may help"
         ) from None
+
+
+def _folded(step: FlowStep, dtype: torch.dtype, *, inverted: bool = False) -> Tensor:
+    """The folded matrix of a step, or its inverse, (C, C)."""
+    return ActNormConv.fold([step.linear], [""], dtype, inverted=inverted, check=False).weight[0]
 
 
 def _steps(model: nn.Module) -> list[FlowStep]:

@@ -22,7 +22,8 @@ def test_a_vector_is_a_channel_at_every_pixel(spatial, device):
     x, context = normal(2, 3, *spatial, device=device), normal(2, 2, device=device)
     pixels = context.view(2, 2, *[1] * len(spatial)).expand(2, 2, *spatial)
     expected = nn.Sequential.forward(net, torch.cat([x, pixels], 1))
-    assert torch.equal(net(x, context), expected)
+    # The context's layout may choose another algorithm of torch's convolution.
+    assert_close(net(x, context), expected, terms=5 * 9 + 8 + 8 * 9)
     assert not torch.equal(net(x, 2 * context), expected)
 
 
@@ -33,7 +34,7 @@ def test_a_map_is_averaged_to_the_state(device):
     expected = nn.Sequential.forward(net, torch.cat([x, averaged], 1))
     assert_close(net(x, context), expected, terms=100)
     exact = nn.Sequential.forward(net, torch.cat([x, context[:, :, :4, :6]], 1))
-    assert torch.equal(net(x, context[:, :, :4, :6]), exact)
+    assert_close(net(x, context[:, :, :4, :6]), exact, terms=100)
 
 
 class Net(nn.Module):

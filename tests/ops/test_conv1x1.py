@@ -6,7 +6,7 @@ from cases import DTYPES, FLOW_OPERATORS, assert_matches, normal, on_tensor_core
 
 from benchmarks.harness.inputs import rotation
 from mflow_kernels import ops
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, invert, spread
+from mflow_kernels.ops.conv1x1 import conv1x1_op, invert, spread
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.testing import assert_close
 
@@ -27,7 +27,7 @@ def test_gradients_of_a_group_of_weights(device):
     weight, bias = spread(weights, normal(3, 6, device=device), x)
     rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
     used = {1.0: 0, 2.0: 2, 3.0: 0}  # the row that each factor multiplies
-    y = sum(k * conv1x1_eager(x, *rows[i], "tf32x3", None)[0] for k, i in used.items())
+    y = sum(k * conv1x1_op.eager(x, *rows[i], "tf32x3", None)[0] for k, i in used.items())
     exact = weights.detach().double().requires_grad_()
     expected = sum(k * torch.einsum("oc,nchw->nohw", exact[i], x.double()) for k, i in used.items())
     found = []

@@ -7,7 +7,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
 from mflow_kernels import ops
-from mflow_kernels.ops.coupling import coupling_eager, launch_coupling
+from mflow_kernels.ops.coupling import affine_coupling_op, launch_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -68,7 +68,9 @@ def test_scales_do_not_cancel_near_zero(kind, dtype, device):
 def test_the_gradient_of_a_ledger_entry_reaches_its_tile_alone(kernel_device):
     """An operator's public logdet gives all tiles of a sample the same gradient."""
     x, params = normal(2, 2, 1100, device=kernel_device), normal(2, 2, 1100, device=kernel_device)
-    _, ledger = coupling_eager(x, params.requires_grad_(), *ScaleFunction("exp").args, False)
+    _, ledger = affine_coupling_op.eager(
+        x, params.requires_grad_(), *ScaleFunction("exp").args, False
+    )
     entries = ledger.sum(0).unbind()
     assert len(entries) > 1
     reached = [torch.autograd.grad(t, params, retain_graph=True)[0][:, 0] for t in entries]
