@@ -27,8 +27,7 @@ def test_memory_holds_the_last_state_and_the_first_of_each_level() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             chain(x)
-        # Four-dimensional tensors: the inputs of both levels, the last state, the latent, and stored
-        # states.
+        # Four-dimensional tensors: both levels' inputs, the last state, the latent, stored states.
         states_saved = [t for t in saved if t.dim() == 4 and not isinstance(t, nn.Parameter)]
         assert len(states_saved) == 4 + 2 * states
 
