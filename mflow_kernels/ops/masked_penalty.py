@@ -263,7 +263,8 @@ def _gradient(
     for_input, for_target = ctx.needs_input_grad[:2]
     again = torch.is_grad_enabled()
     with references() if again else nullcontext():
-        dinput, dtarget = (_backward if again else run)(
+        compute: Any = _backward if again else run
+        dinput, dtarget = compute(
             *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
             *(ctx.scale, ctx.rho, ctx.delta, for_input, for_target),
         )
