@@ -18,8 +18,8 @@ struct Axis {
     A exps[(kMaxBins + 1) * kLanes];  // softmax numerators, bin by bin; later gradients
     A inverse_sum[kLanes];
     // Each lane's bin has a first knot (its distance from the interval's end), a length, a softmax value, and
-    // a sum of the softmax values below it.
-    A start[kLanes], size[kLanes], share[kLanes], below[kLanes];
+    // a sum of the softmax values below it. `start_error` is what rounding took from the sum `start`.
+    A start[kLanes], start_error[kLanes], size[kLanes], share[kLanes], below[kLanes];
 };
 
 template <class A>
@@ -27,6 +27,7 @@ struct SplineBuffers {
     Axis<A> widths, heights;
     A number[kLanes], x[kLanes], y[kLanes], position[kLanes], inside[kLanes], bin[kLanes], log_slope[kLanes];
     A slope0[kLanes], slope1[kLanes], raw0[kLanes], raw1[kLanes], edge[kLanes], total[kLanes];
+    A position_error[kLanes], edge_error[kLanes];
     A dy[kLanes], dlogdet[kLanes], dx[kLanes], dstart[kLanes], dsize[kLanes], dstart_y[kLanes], dsize_y[kLanes];
     A dslope0[kLanes], dslope1[kLanes], mean[kLanes];
 };
@@ -91,12 +92,19 @@ MFLOW_INLINE void read_axis(const Spline& p, const HalfGrid& g, const Tile& t, c
     for (int i = 0; i < n; ++i) axis.inverse_sum[i] = A(1) / total[i];
 }
 
+// What rounding took from the sum a + b (Knuth's two-sum).
+template <class A>
+MFLOW_INLINE A error_of(A a, A b, A sum) {
+    const A part = sum - a;
+    return (a - (sum - part)) + (b - part);
+}
+
 // Finds each lane's bin: the last one that begins at or below the lane's position if SEARCH, otherwise
 // the bin that the lane has.
 template <bool SEARCH, class A>
 MFLOW_INLINE void find_bin(int n, int bins, A length, A least, Axis<A>& axis, SplineBuffers<A>& b) {
     const A rest = A(1) - least * A(bins);
-    for (int i = 0; i < n; ++i) b.edge[i] = b.total[i] = A(0);
+    for (int i = 0; i < n; ++i) b.edge[i] = b.edge_error[i] = b.total[i] = A(0);
     for (int j = 0; j < bins; ++j) {
         const A* const exps = axis.exps + j * kLanes;
         const A index = A(j);
@@ -107,10 +115,12 @@ MFLOW_INLINE void find_bin(int n, int bins, A length, A least, Axis<A>& axis, Sp
             const bool take = j == 0 || (SEARCH ? b.position[i] >= edge : b.bin[i] == index);
             if (SEARCH) b.bin[i] = take ? index : b.bin[i];
             axis.start[i] = take ? edge : axis.start[i];
+            axis.start_error[i] = take ? b.edge_error[i] : axis.start_error[i];
             axis.size[i] = take ? size : axis.size[i];
             axis.share[i] = take ? share : axis.share[i];
             axis.below[i] = take ? total : axis.below[i];
             b.edge[i] = edge + size;
+            b.edge_error[i] += error_of(edge, size, b.edge[i]);
             b.total[i] = total + share;
         }
     }
@@ -185,10 +195,10 @@ struct Place {
 };
 
 template <bool INVERSE, class A>
-MFLOW_INLINE Place<A> place(A position, A start, A width, A height, A d0, A d1) {
+MFLOW_INLINE Place<A> place(A distance, A width, A height, A d0, A d1) {
     Place<A> at;
     at.slope = height / width;
-    const A r = (position - start) / (INVERSE ? height : width);
+    const A r = distance / (INVERSE ? height : width);
     const A u = r < A(0) ? A(0) : r > A(1) ? A(1) : r, v = A(1) - u;
     at.t = u;
     if (INVERSE) {
@@ -215,6 +225,7 @@ MFLOW_INLINE void locate(const Spline& p, const HalfGrid& g, const Tile& t, cons
         const bool inside = x[i] >= k.low && x[i] <= k.high;
         b.inside[i] = inside ? A(1) : A(0);
         b.position[i] = inside ? x[i] - k.low : A(0);
+        b.position_error[i] = inside ? error_of(x[i], -k.low, b.position[i]) : A(0);
     }
     read_axis<A>(p, g, t, k, 0, b.widths, b);
     read_axis<A>(p, g, t, k, bins, b.heights, b);
@@ -228,6 +239,12 @@ MFLOW_INLINE void locate(const Spline& p, const HalfGrid& g, const Tile& t, cons
     read_slopes<A>(p, g, t, k, b);
 }
 
+// The distance of a lane's position from the first knot of its bin.
+template <class A>
+MFLOW_INLINE A distance_of(int i, const Axis<A>& axis, const SplineBuffers<A>& b) {
+    return (b.position[i] - axis.start[i]) + (b.position_error[i] - axis.start_error[i]);
+}
+
 // y and log |dy/dx|.
 template <bool INVERSE, class A>
 MFLOW_INLINE void transform(int n, const A* x, const SplineConstants<A>& k, A outside, SplineBuffers<A>& b,
@@ -236,10 +253,11 @@ MFLOW_INLINE void transform(int n, const A* x, const SplineConstants<A>& k, A ou
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
         const A d0 = b.slope0[i], d1 = b.slope1[i];
-        const Place<A> at = place<INVERSE>(b.position[i], INVERSE ? h.start[i] : w.start[i], w.size[i],
-                                           h.size[i], d0, d1);
+        const Place<A> at = place<INVERSE>(distance_of(i, INVERSE ? h : w, b), w.size[i], h.size[i], d0, d1);
         const A share = (at.slope * at.t * at.t + d0 * at.q) / at.below;
-        const A value = k.low + (INVERSE ? w.start[i] + w.size[i] * at.t : h.start[i] + h.size[i] * share);
+        const A start = INVERSE ? w.start[i] : h.start[i], knot = k.low + start;
+        const A error = (INVERSE ? w.start_error[i] : h.start_error[i]) + error_of(k.low, start, knot);
+        const A value = knot + ((INVERSE ? w.size[i] * at.t : h.size[i] * share) + error);
         const A ratio = at.slope / at.below;
         // Two logarithms: the square of the ratio may overflow.
         const A log_slope = log_of(at.slant) + A(2) * log_of(ratio);
@@ -257,7 +275,7 @@ MFLOW_INLINE void differentiate(int n, const A* dy, SplineBuffers<A>& b, A* dx) 
     for (int i = 0; i < n; ++i) {
         const A d0 = b.slope0[i], d1 = b.slope1[i], width = w.size[i], height = h.size[i];
         const Place<A> at =
-            place<INVERSE>(b.position[i], INVERSE ? h.start[i] : w.start[i], width, height, d0, d1);
+            place<INVERSE>(distance_of(i, INVERSE ? h : w, b), width, height, d0, d1);
         const A t = at.t, s = at.s, q = at.q, slope = at.slope;
         const A over = A(1) / at.below, of_slant = A(1) / at.slant;
         const A share = (slope * t * t + d0 * q) * over;

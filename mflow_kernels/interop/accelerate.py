@@ -65,11 +65,6 @@ def accelerate(
         left += visitor.left
         accelerated = [m for m in model.modules() if is_accelerated(m)]
         notes += [text for text, is_about in adapter.notes if any(map(is_about, accelerated))]
-    if replaced:
-        notes.append(
-            "Gradients cannot be differentiated again (create_graph=True raises an error), unless "
-            "torch.func computed them."
-        )
     versions = ", ".join(
         f"{name} {_version(name)}" for name in sorted(map(_distribution, libraries))
     )

@@ -40,7 +40,7 @@ from mflow_kernels.ops.checks import check_choice, check_device, check_shape, ch
 from mflow_kernels.ops.launch import capturing, cusolver, transformed, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, halves, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
-from mflow_kernels.ops.registration import refuse_second_derivative, register
+from mflow_kernels.ops.registration import register
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -269,7 +269,6 @@ class _InverseWeightAndBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dinverse: Tensor, dinverse_bias: Tensor) -> tuple[Tensor | None, ...]:
         """With R = W^-1 and r = -R b: db = -R^T dr, dW = -R^T (dR - dr b^T) R^T."""
-        refuse_second_derivative("inverse_weight_and_bias")
         inverse, bias = ctx.saved_tensors
         dinverse_bias = dinverse_bias.unsqueeze(-1)
         dinverse = dinverse - dinverse_bias @ bias.double().unsqueeze(-2)

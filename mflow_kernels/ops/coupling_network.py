@@ -57,7 +57,7 @@ from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fastest import fastest, requested
 from mflow_kernels.ops.launch import is_walked, on_gpu, transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
-from mflow_kernels.ops.registration import register
+from mflow_kernels.ops.registration import gradients_of, register
 
 
 def coupling_network_ref(
@@ -67,6 +67,11 @@ def coupling_network_ref(
     h1 = layer(x, w1, b1).relu_()
     h2 = layer(h1, w2, b2).relu_()
     return layer(h2, w3, b3), h1, h2
+
+
+def _rounded_ref(x: Tensor, *parameters: Tensor) -> Tensor:
+    with without_autocast(x):
+        return coupling_network_ref(x, *(p.to(x.dtype) for p in parameters))[0]
 
 
 def network_by_layers(
@@ -335,7 +340,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     x, *parameters, _, ctx.kernels = inputs
     _, *for_backward = output
     ctx.dtypes = [p.dtype for p in parameters]
-    ctx.save_for_backward(x, *for_backward)
+    ctx.save_for_backward(x, *for_backward, *parameters)
     ctx.mark_non_differentiable(*for_backward)
     ctx.set_materialize_grads(False)  # or autograd fills gradients of h1 and h2 with zeros
 
@@ -343,11 +348,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
     if dparams is None:
         return (None,) * 9
+    x, h1, h2, packed, *parameters = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *gradients_of(_rounded_ref, (x, *parameters), (dparams,)), None, None
     weights = any(ctx.needs_input_grad[1:7])
-    dx, sums, separate_dw2 = run(dparams, *ctx.saved_tensors, ctx.kernels, weights)
+    dx, sums, separate_dw2 = run(dparams, x, h1, h2, packed, ctx.kernels, weights)
     if not weights:
         return dx, *(None,) * 8
-    x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     dw1, dw2, db1, dw3, db2, db3 = torch.split_with_sizes(sums, s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))

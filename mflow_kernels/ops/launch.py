@@ -1,6 +1,7 @@
 """Chooses an operator's implementation, and launches kernels on their tensors' device."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,18 +23,21 @@ KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 RUN_TIME = ("N", "TILES", "SPLITS")
 
 
-_references_run = False
+class _Mode(threading.local):
+    references_run = False
+
+
+_mode = _Mode()  # of each thread, because a backward pass of another one may end in between
 
 
 @contextmanager
 def references() -> Iterator[None]:
     """Compute by the references, in torch's own operators."""
-    global _references_run
-    before, _references_run = _references_run, True
+    before, _mode.references_run = _mode.references_run, True
     try:
         yield
     finally:
-        _references_run = before
+        _mode.references_run = before
 
 
 def transformed() -> bool:
@@ -44,7 +48,7 @@ def transformed() -> bool:
     differentiates them to any order.
     """
     return (
-        _references_run
+        _mode.references_run
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )

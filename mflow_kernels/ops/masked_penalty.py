@@ -27,6 +27,7 @@ A mask or weight is read fastest in the memory format of the input.
 
 import math
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -43,10 +44,10 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.cpu import _C
-from mflow_kernels.ops.launch import is_walked, noted, transformed
+from mflow_kernels.ops.launch import is_walked, noted, references, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.registration import gradients_of, refuse_second_derivative, register
+from mflow_kernels.ops.registration import gradients_of, register
 
 
 def _terms(
@@ -215,7 +216,13 @@ def _backward(
     native = _native(input.device)
     if native is None:
         gradients = grad_penalty, grad_gaussian
-        used = [(g != 0).view(-1, *(1,) * (input.dim() - 1)) for g in gradients]
+        # A sum without a gradient may be NaN. A gradient of 0 may have a gradient of its own.
+        used = [
+            (torch.ones_like(g, dtype=torch.bool) if g.requires_grad else g != 0).view(
+                -1, *(1,) * (input.dim() - 1)
+            )
+            for g in gradients
+        ]
         (de,) = gradients_of(
             lambda e: masked_penalty_ref(e, None, mask, weight, scale, rho, delta, *used),
             [_terms(input, target, mask, weight, scale)[0]],
@@ -253,12 +260,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradient(
     ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor, run: Any
 ) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("masked_penalty")
     for_input, for_target = ctx.needs_input_grad[:2]
-    dinput, dtarget = run(
-        *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
-        *(ctx.scale, ctx.rho, ctx.delta, for_input, for_target),
-    )
+    again = torch.is_grad_enabled()
+    with references() if again else nullcontext():
+        compute: Any = _backward if again else run
+        dinput, dtarget = compute(
+            *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
+            *(ctx.scale, ctx.rho, ctx.delta, for_input, for_target),
+        )
     grads = (dinput if for_input else None, dtarget if for_target else None)
     return (*grads, None, None, None, None, None)
 

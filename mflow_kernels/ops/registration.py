@@ -38,7 +38,8 @@ def register(
             default all inputs.
         gradient: called as gradient(ctx, *output_gradients, run=...); returns a gradient for each
             input. `run` is the backward operator, `backward` itself, or None. By default it calls
-            `run` as described above.
+            `run` as described above, and differentiates the reference if gradients are recorded. A
+            gradient of torch's operators alone can be differentiated as it is.
 
     Returns:
         The operator in its three forms.
@@ -51,7 +52,7 @@ def register(
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
         run.register_fake(fake_backward or partial(_like_tensors, _count_results(forward)))
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
-    setup, gradient = setup or _save_inputs, gradient or _run_backward
+    setup, gradient = setup or _save_inputs, gradient or partial(_run_backward, forward)
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
     return Operator(
         registered, eager_function(forward, setup, partial(gradient, run=backward)), forward
@@ -96,9 +97,15 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _run_backward(ctx: Any, *gradients: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    found = run(*gradients, *ctx.saved_tensors, *ctx.options)
-    return (*found, *(None for _ in ctx.options))
+def _run_backward(
+    forward: Callable[..., Any], ctx: Any, *gradients: Tensor, run: Any
+) -> tuple[Tensor | None, ...]:
+    tensors, options = ctx.saved_tensors, ctx.options
+    if torch.is_grad_enabled():
+        found = gradients_of(lambda *given: forward(*given, *options), tensors, gradients)
+    else:
+        found = run(*gradients, *tensors, *options)
+    return (*found, *(None for _ in options))
 
 
 def gradients_of(
@@ -145,11 +152,12 @@ def eager_function(
 ) -> Callable[..., Any]:
     """Return a differentiable `forward` that takes a quarter of the operator's time on the host.
 
-    Compilers cannot trace the result, and its gradient cannot be differentiated again.
+    Compilers cannot trace the result.
 
     Args:
         forward: takes the operator's arguments.
-        setup, backward: as for `register_autograd`.
+        setup, backward: as for `register_autograd`. Gradients are recorded in `backward` if they
+            are to be differentiated again.
     """
 
     class Eager(torch.autograd.Function):
@@ -161,20 +169,7 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            refuse_second_derivative(forward.__name__)
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
     return Eager.apply
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise if a gradient is about to be differentiated again.
-
-    `once_differentiable` is not enough: it treats saved tensors as constants.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again; use torch.func (grad, vjp, "
-            "hessian), which differentiates the reference"
-        )

@@ -1,6 +1,7 @@
 """Runs programs under autograd. Their states are stored, or rebuilt in the backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
@@ -12,12 +13,15 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.again import differentiate
 from mflow_kernels.reversible.backward import BackwardPass, Stored, as_leaves
 from mflow_kernels.reversible.draws import random_state, same_random_state
+from mflow_kernels.reversible.graph import without_hooks
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
 from mflow_kernels.reversible.modes import autocast_state
+from mflow_kernels.reversible.modules import tensors
 from mflow_kernels.reversible.program import Program, keep_layout
-from mflow_kernels.reversible.rerun import RerunCall
+from mflow_kernels.reversible.rerun import RerunCall, check_repeats
 
 
 class Result(NamedTuple):
@@ -82,8 +86,7 @@ def apply_reversibly(
     Raises:
         ValueError: as `apply_stored`.
         RuntimeError: a network or layer depends on tensors for which the backward pass has no
-            gradient. In the backward pass: its gradient is to be differentiated again, or a
-            parameter was replaced after the forward pass.
+            gradient. In the backward pass: a parameter was replaced after the forward pass.
     """
     if not torch.is_grad_enabled() or transformed():
         return apply_stored(program, x, latents, context)
@@ -151,6 +154,23 @@ class _RecordingPass(ForwardPass):
         self.calls[-1].check_inverse(x, self.x, self.context)
 
 
+@dataclass(kw_only=True)
+class _RepeatingPass(ForwardPass):
+    """A forward pass with gradients, in which each call repeats its first run.
+
+    The results of the calls may depend on `leaves`.
+    """
+
+    calls: Iterator[RerunCall]
+    leaves: Sequence[Tensor]
+
+    def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
+        again = next(self.calls)
+        result = again.run_again(module_input, self.context)
+        again.check_sources(tensors(result), self.leaves)
+        return result
+
+
 @dataclass(eq=False)
 class _Segment:
     """A part of a program that is one node of autograd's graph.
@@ -178,12 +198,29 @@ class _Segment:
 
 @dataclass
 class _Record:
-    """Data that the nodes of all segments share. `backward` is the backward pass itself."""
+    """Data that the nodes of all segments share.
+
+    Attributes:
+        task: the pass of autograd's engine that the other attributes belong to.
+        backward: the backward pass itself.
+        dx: the gradient that the node before returned for its state. Any other gradient of that
+            state has further parts, from gradients that are being differentiated again.
+        gradients: of leaves, by id, from nodes that did not take part in `backward`.
+    """
 
     record_drift: Callable[[Tensor], None]
     autocast: dict[str, Any]
     segments: list[_Segment] = field(default_factory=list)
+    task: int = -1
     backward: BackwardPass | None = None
+    dx: Tensor | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter(self) -> None:
+        """Forget what an earlier pass of autograd's engine has left."""
+        task = torch._C._current_graph_task_id()
+        if self.task != task:
+            self.task, self.backward, self.dx, self.gradients = task, None, None, {}
 
 
 @torch.compiler.disable(
@@ -266,21 +303,23 @@ class _SegmentFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights_and_biases = 2 * sum(segment.folds)
         ctx.lengths = len(forward.context), weights_and_biases, len(segment.sources)
-        _, context, weights, sources, others = _split(rest, segment.joins, *ctx.lengths)
+        joined, context, weights, sources, others = _split(rest, segment.joins, *ctx.lengths)
         ctx.record, ctx.segment, ctx.stored_at = record, segment, list(forward.stored)
         # The backward pass starts from the last state, and ends where no more gradient is needed.
         ctx.starts = segment.last
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[3]
-        first_and_last = (*((forward.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
         stored = [*chain.from_iterable(forward.stored.values())]
         # Saving sources and buffers lets autograd detect changes in place before the backward pass.
         buffers: dict[int, Tensor] = {}
         for call in forward.calls:
             for b in call.buffers:
                 buffers[id(b)] = b
+        # Only a gradient that is to be differentiated again needs x and the joined latents of all
+        # segments. Their inputs have fewer numbers than two states together.
         ctx.save_for_backward(
-            *(*first_and_last, *forward.latents, *stored),
-            *(*context, *weights, *sources, *buffers.values()),
+            *(x, *joined, *context, *weights, *sources),
+            *((forward.x,) if ctx.starts else ()),
+            *(*forward.latents, *stored, *buffers.values()),
         )
         ledger, _ = _terms(forward.x, forward.ledger, ())
         return forward.x, *others, ledger, *forward.latents
@@ -288,29 +327,27 @@ class _SegmentFunction(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable  # a compiled function may call backward()
     def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ReversibleChain: a reversible backward pass cannot be differentiated again; use "
-                "torch.func (grad, vjp, hessian), which stores the states"
-            )
         record: _Record = ctx.record
         segment: _Segment = ctx.segment
         own = len(grads) - 1 - segment.splits
         dothers, (dledger, *dlatents) = grads[:own], grads[own:]
-        starts, ends, latents, stored, context, weights, _ = _split(
+        inputs, starts, latents, stored, _ = _split(
             ctx.saved_tensors,
+            1 + segment.joins + sum(ctx.lengths),
             int(ctx.starts),
-            int(ctx.ends),
             segment.splits,
             2 * len(ctx.stored_at),
-            *ctx.lengths[:2],
         )
+        record.enter()
+        if torch.is_grad_enabled() or not (ctx.starts or dx is record.dx):
+            return *_gradients_again(ctx, inputs, (dx, dledger, *dlatents)), *dothers
+        (first_state, *_), context, weights, _ = _split(inputs, 1 + segment.joins, *ctx.lengths[:2])
         dlatents = [*map(in_layout_of, latents, dlatents)]
         if starts:
             dx = in_layout_of(starts[0], dx)  # see `keep_layout`
             record.backward = BackwardPass(starts[0], dx, context, record.autocast)
         backward = record.backward
-        assert backward is not None  # autograd runs the last segment's node first
+        assert backward is not None
         # `requires_grad` of the copies tells the instructions which gradients are needed.
         first = 4 + segment.joins + len(context)
         needed = ctx.needs_input_grad[first : first + len(weights)]
@@ -324,19 +361,70 @@ class _SegmentFunction(torch.autograd.Function):
             dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
         )
         x, dx = backward.whole()
-        if ends:
-            record.backward = None
-            backward.compare([x], ends[0])
+        record.dx = dx
+        if ctx.ends:
+            record.backward = record.dx = None
+            backward.compare([x], first_state)
             if backward.drift is not None:
                 record.record_drift(backward.drift)
         gradients = backward.gradients
-        dcontext = [gradients.get(id(c)) if ends else None for c in backward.context]
+        dcontext = [gradients.get(id(c)) if ctx.ends else None for c in backward.context]
         dsources = [gradients.pop(id(t), None) for t in segment.sources]
         return (
             *(None, None, None, dx, *backward.joined, *dcontext),
             *chain.from_iterable(pair for pair in dweights if pair is not None),
             *(*dsources, *dothers),
         )
+
+
+def _gradients_again(
+    ctx: Any, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a segment's inputs, which can be differentiated again.
+
+    The segment runs once more, as if it stored its states, and autograd differentiates it.
+    """
+    record: _Record = ctx.record
+    segment: _Segment = ctx.segment
+    lengths = 1 + segment.joins, *ctx.lengths[:2]
+    given = inputs[: sum(lengths)]
+    needed = ctx.needs_input_grad[3 : 3 + len(given)]
+    pairs = zip(given, needed, strict=True)
+    copies = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
+    sources = list({id(t): t for call in segment.calls for t in call.sources}.values())
+    (x, *joined), context, weights, _ = _split(copies, *lengths)
+    leaves = [*copies, *sources]
+    forward = _RepeatingPass(x, joined, context, calls=iter(segment.calls), leaves=leaves)
+    rows, no_log_det = iter(weights), x.new_zeros(())
+    folded = [
+        FoldedWeights(next(rows), next(rows), no_log_det) if has else None for has in segment.folds
+    ]
+    with ExitStack() as stack:
+        for call in segment.calls:
+            stack.enter_context(call.trained_as_in_forward())
+        with torch.enable_grad(), torch.autocast(**record.autocast):
+            _run(segment.instructions, folded, forward)
+            results = forward.x, _terms(forward.x, forward.ledger, ())[0], *forward.latents
+        check_repeats(segment.calls[::-1])
+        with without_hooks([t for t in sources if t._backward_hooks]):
+            found = differentiate(results, leaves, [*given, *sources], cotangents)
+    of_given, total = found[: len(given)], record.gradients
+    if record.backward is not None:  # it undid the later segments
+        left, first = record.backward.gradients, 1 + segment.joins
+        for i, copy in enumerate(record.backward.context, start=first):
+            of_given[i] = _sum(of_given[i], left.pop(id(copy), None))
+        total.update(left)
+        record.backward = record.dx = None
+    for source, gradient in zip(sources, found[len(given) :], strict=True):
+        if gradient is not None:
+            total[id(source)] = _sum(gradient, total.get(id(source)))
+    own = [total.pop(id(t), None) for t in segment.sources]
+    return None, None, None, *of_given, *own
+
+
+def _sum(a: Any, b: Tensor | None) -> Any:
+    """The sum of two gradients, of which each may be None."""
+    return a if b is None else b if a is None else a + b
 
 
 def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:

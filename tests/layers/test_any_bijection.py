@@ -10,7 +10,15 @@ from cases import compiles, perturbed
 from torch import Tensor, nn
 
 from layers.bijections import LeakyReLU, TokenCoupling
-from layers.chains import InSequence, assert_all_close, both_gradients, gradients, inverse_of, parts
+from layers.chains import (
+    InSequence,
+    assert_all_close,
+    both_gradients,
+    gradients,
+    inverse_of,
+    loss_of,
+    parts,
+)
 from layers.table import LAYERS, TOGETHER, USERS
 from mflow_kernels import (
     ActNorm,
@@ -155,6 +163,25 @@ def test_hooks_of_layers_run(reversible: bool) -> None:
         layer.register_forward_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
     assert_close(chain(x)[0], want, terms=64)
     assert called == ["0", "1"]
+
+
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="the references give second derivatives")
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_second_derivatives_are_those_of_stored_states(name: str, backwards: bool) -> None:
+    """Of a gradient penalty, with a loss that has a gradient of its own."""
+    chain, x = chain_of(name)
+    given = tuple(z.detach() for z in parts(chain(x)[0])) if backwards else (x,)
+    both = []
+    for chain.reversible in (True, False):
+        inputs = [z.clone().requires_grad_() for z in given]
+        loss = loss_of(*(inverse_of(chain)(*inputs) if backwards else chain(*inputs)))  # type: ignore[misc]
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        penalty = loss + sum(g.square().sum() for g in grads)
+        leaves = [*inputs, *chain.parameters()]
+        found = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        both.append([g for g in found if g is not None])
+    assert_all_close(*both, terms=(2 * 16 * 64) ** 2)
 
 
 WITH_CONTEXT: dict[str, list[nn.Module]] = {

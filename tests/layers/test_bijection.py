@@ -8,6 +8,7 @@ import torch
 from cases import normal, not_about_kernels, perturbed
 from torch import Tensor
 
+from layers.chains import inverse_of
 from layers.table import LAYERS
 from mflow_kernels.testing import assert_close, check_bijection
 
@@ -21,6 +22,25 @@ def flat(z) -> list[Tensor]:
 @every_layer
 def test_round_trip_jacobian_and_logdets(make, shape, device):
     check_bijection(make().to(device), shape)
+
+
+@not_about_kernels
+@every_layer
+def test_second_derivatives(make, shape, device):
+    """In both directions, of the state and of the parameters."""
+    layer = perturbed(make().double()).to(device)
+    if len(list(layer.parameters())) > 20:
+        pytest.skip("test_any_bijection compares the second derivatives of chains")
+    x = normal(*shape, dtype=torch.float64, device=device).requires_grad_()
+    z = [part.detach().requires_grad_() for part in flat(layer(x)[0])]
+    for call, states in ((layer, [x]), (inverse_of(layer), z)):
+        count, leaves = len(states), [*states, *layer.parameters()]
+
+        def results(*given, call=call, count=count):
+            state, logdet = call(*given[:count])
+            return *flat(state), logdet
+
+        assert torch.autograd.gradgradcheck(results, leaves, fast_mode=True)
 
 
 @every_layer

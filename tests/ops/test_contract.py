@@ -58,9 +58,10 @@ def run(op, inputs, function=None):
 @every
 def test_gradcheck(op, device):
     inputs = sample(op, (2, 3, 2, 2), (torch.float64, torch.float64), device)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: op.call(*tensors, **options(op)), tuple(inputs.values()), fast_mode=True
-    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(
+            lambda *given: op.call(*given, **options(op)), tuple(inputs.values()), fast_mode=True
+        )
 
 
 @compiles

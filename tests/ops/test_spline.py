@@ -10,6 +10,7 @@ import torch
 from cases import normal
 
 from mflow_kernels import ops
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.rational_quadratic import transform_ref
 from mflow_kernels.ops.spline import bins_ref
 from mflow_kernels.testing import assert_close
@@ -113,3 +114,22 @@ def test_identity(inverse, device):
         y, logdet = FUNCTIONS[inverse](x, params, 5, 2.0, kind=kind)
         assert_close(y, x.double(), terms=5, scale=2.0)
         assert_close(logdet, torch.zeros(6).double().to(device), terms=15, scale=1.0)
+
+
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="the loops of csrc are compared")
+def test_float32_is_as_exact_as_nflows():
+    """For raw numbers from N(0, 1). From N(0, 10), nflows raises an error."""
+    nflows = pytest.importorskip("nflows.transforms.splines.rational_quadratic")
+    generator = torch.Generator().manual_seed(0)
+    x = 6 * torch.rand(50_000, 1, generator=generator) - 3
+    params = torch.randn(50_000, 23, generator=generator)
+    theirs, _ = nflows.unconstrained_rational_quadratic_spline(
+        x, *params[:, None].split([8, 8, 7], -1), tails="linear", tail_bound=3.0
+    )
+    exact, _ = ops.rational_quadratic(x.double(), params.double(), 8, 3.0)
+    ours, _ = ops.rational_quadratic(x, params, 8, 3.0)
+    for norm in (torch.amax, torch.mean):
+        assert norm((ours - exact).abs(), (0, 1)) < norm((theirs - exact).abs(), (0, 1))
+    steep, logdet = ops.rational_quadratic(x, 10 * params, 8, 3.0)
+    assert steep.isfinite().all()
+    assert logdet.isfinite().all()
