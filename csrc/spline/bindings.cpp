@@ -11,12 +11,14 @@ namespace mflow {
 inline void set_options(Spline& p, const py::tuple& args) {
     SplineOptions& o = p.options;
     o.bins = py::cast<int>(args[0]);
-    o.tails = py::cast<bool>(args[1]);
-    const std::string kind = py::cast<std::string>(args[2]);
+    const std::string tails = py::cast<std::string>(args[1]), kind = py::cast<std::string>(args[2]);
     const py::sequence numbers = py::cast<py::sequence>(args[3]);
     if (kind != "softplus" && kind != "exp") fail("unknown kind of spline " + kind);
     if (o.bins < 2 || o.bins > kMaxBins) fail("expected 2 to 64 bins");
     if (numbers.size() != 6) fail("expected six numbers of a spline");
+    if (tails != "linear" && tails != "circular" && tails != "none") fail("unknown tails " + tails);
+    using Tails = SplineOptions::Tails;
+    o.tails = tails == "linear" ? Tails::linear : tails == "circular" ? Tails::circular : Tails::none;
     o.exponential = kind == "exp";
     o.low = py::cast<double>(numbers[0]);
     o.high = py::cast<double>(numbers[1]);
