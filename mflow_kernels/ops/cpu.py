@@ -6,6 +6,7 @@ or `serves_conv1x1` first.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -100,6 +101,25 @@ def change_half_backward(
     arguments = identity_channels, given, params, dy, dlogdet, rebuilt, dx, dparams
     _run(f"{loop}_backward", *arguments, options, inverse)
     return dx, dparams.to(params.dtype)
+
+
+def masked_inverse(
+    z: Tensor,
+    plan: Tensor,
+    numbers: Tensor,
+    contexts: Sequence[Tensor],
+    options: tuple[object, ...],
+) -> tuple[Tensor, Tensor]:
+    """Compute `masked_autoregressive_inverse_ref`.
+
+    Args:
+        plan, numbers: those of a `SortedNetwork`.
+        options: `ScaleFunction.args` or `Spline.args`.
+    """
+    x, logdet = torch.empty_like(z), z.new_empty(len(z))
+    is_spline = isinstance(options[-1], list)
+    _run("masked_inverse", z, x, logdet, plan, numbers, tuple(contexts), options, is_spline)
+    return x, logdet
 
 
 def rebuild_coupling(

@@ -22,6 +22,7 @@ Shapes: x, z (N, D); params (N, 2 D), raw scales then shifts, or (N, D * numbers
 of each variable in a row; contexts (N, units). float32 or float64; logdet (N,) has the same dtype.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,11 +32,19 @@ from torch import Tensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.coupling import couple_ref
 from mflow_kernels.ops.launch import transformed
-from mflow_kernels.ops.masked_network import Degrees, Operation, masked_weights, network_ref
+from mflow_kernels.ops.masked_network import (
+    Degrees,
+    Operation,
+    masked_weights,
+    network_ref,
+    tensors_of,
+    with_tensors,
+)
 from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.rational_quadratic import apply_spline
 from mflow_kernels.ops.registration import eager_function, refuse_second_derivative
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.sorted_network import SortedNetwork
 from mflow_kernels.ops.spline import Spline
 
 Transform = ScaleFunction | Spline
@@ -120,23 +129,6 @@ def masked_autoregressive_inverse_ref(
     return x, logdet
 
 
-def _tensors(operations: Sequence[Operation]) -> list[Tensor]:
-    """The tensors that have gradients."""
-    names = ("weight", "bias")
-    found = (getattr(o, name, None) for o in operations for name in names)
-    return [t for t in found if t is not None]
-
-
-def _with_tensors(operations: Sequence[Operation], tensors: Sequence[Tensor]) -> list[Operation]:
-    """The operations with these in place of `_tensors(operations)`."""
-    rest = iter(tensors)
-    made = []
-    for o in operations:
-        new = {n: next(rest) for n in ("weight", "bias") if getattr(o, n, None) is not None}
-        made.append(o._replace(**new) if new else o)  # type: ignore[arg-type]
-    return made
-
-
 def _spread(per_variable: Tensor, transform: Transform) -> Tensor:
     """(N, D) repeated for the params of each variable."""
     if isinstance(transform, Spline):
@@ -171,7 +163,7 @@ class _Inverse(torch.autograd.Function):
             at.requires_grad_()
             for leaf, wanted in zip(leaves, needed, strict=True):
                 leaf.requires_grad_(wanted)
-            own = _with_tensors(operations, leaves[count:])
+            own = with_tensors(operations, leaves[count:])
             params = network_ref(own, at, leaves[:count])
             x_alone, params_alone = x.detach().requires_grad_(), params.detach().requires_grad_()
             z, logdet = elementwise(x_alone, params_alone, transform, False)
@@ -200,45 +192,41 @@ class _Inverse(torch.autograd.Function):
 
 
 class MaskedInverse:
-    """The inverse of `masked_autoregressive`. It keeps what the masks and the weights determine
-    until one of them changes.
+    """The inverse of `masked_autoregressive`. It keeps what the masks determine, and without
+    gradients also the sorted weights, until one of these tensors changes.
 
     One object serves one network: the operations of a call may have other tensors than those of the
     last one, but are otherwise the same.
+
+    Attributes:
+        degrees: the degrees in the masks of the last call.
     """
 
-    def __init__(self) -> None:
-        self._forget()
+    degrees: Degrees
 
-    def _forget(self) -> None:
-        self.degrees: Degrees | None = None
-        self._masks: list[Tensor] = []
-        self._mask_versions: list[int] = []
+    def __init__(self) -> None:
+        self._masks = _Kept()
+        self._weights = _Kept()
+        self._sorted: SortedNetwork | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def __setstate__(self, _: dict[str, Any]) -> None:
-        self._forget()
+        self.__init__()  # type: ignore[misc]
 
-    def read_masks(
+    def _read_masks(
         self, operations: Sequence[Operation], transform: Transform, features: int
-    ) -> Degrees:
-        """The degrees in the masks.
-
-        Raises:
-            ValueError: the masks are not triangular in any order of the variables.
-        """
+    ) -> None:
         found = (getattr(o, name, None) for o in operations for name in ("mask", "units"))
         masks = [mask for mask in found if mask is not None]
-        if torch.compiler.is_compiling() and self.degrees is not None:
-            return self.degrees
-        versions = [0 if m.is_inference() else m._version for m in masks]
-        same = len(masks) == len(self._masks) and all(map(_is, masks, self._masks))
-        if self.degrees is None or not same or versions != self._mask_versions:
-            self.degrees = Degrees(operations, features, owners(transform, features))
-            self._masks, self._mask_versions = masks, versions
-        return self.degrees
+        if torch.compiler.is_compiling() and hasattr(self, "degrees"):
+            return
+        if self._masks.are(masks):
+            return
+        self.degrees = Degrees(operations, features, owners(transform, features))
+        self._sorted, self._weights = None, _Kept()
+        self._masks.keep(masks, None)
 
     def run(
         self,
@@ -248,10 +236,18 @@ class MaskedInverse:
         contexts: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """x and logdet, without autograd."""
-        assert self.degrees is not None
-        return masked_autoregressive_inverse_ref(
-            z, operations, transform, contexts, self.degrees.variables.to(z.device)
-        )
+        if not cpu.serves(z):
+            variables = self.degrees.variables.to(z.device)
+            how = operations, transform, contexts, variables
+            return masked_autoregressive_inverse_ref(z, *how)
+        if self._sorted is None:
+            owner = owners(transform, z.shape[1])
+            self._sorted = SortedNetwork(operations, self.degrees, owner)
+        tensors = tensors_of(operations)
+        if not self._weights.are(tensors):
+            self._weights.keep(tensors, self._sorted.numbers(operations, z))
+        plan, numbers = self._sorted.plan, self._weights.value
+        return cpu.masked_inverse(z, plan, numbers, contexts, transform.args)
 
     def __call__(
         self,
@@ -265,16 +261,39 @@ class MaskedInverse:
         Raises:
             ValueError: the masks are not triangular in any order of the variables.
         """
-        degrees = self.read_masks(operations, transform, z.shape[1])
+        self._read_masks(operations, transform, z.shape[1])
         if torch.compiler.is_compiling() or transformed() or autocasts(z.device):
-            variables = degrees.variables.to(z.device)
+            variables = self.degrees.variables.to(z.device)
             return masked_autoregressive_inverse_ref(z, operations, transform, contexts, variables)
-        tensors = *contexts, *_tensors(operations)
+        tensors = *contexts, *tensors_of(operations)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, *tensors)):
             return self.run(z, operations, transform, contexts)
         x, logdet = _Inverse.apply(self, operations, transform, len(contexts), z, *tensors)
         return x, logdet
 
 
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
+class _Kept:
+    """A value that is kept as long as the tensors that determine it do not change."""
+
+    value: Any = None
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] | None = None
+        self._versions: list[int] = []
+
+    def are(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the tensors, unchanged."""
+        kept = self._tensors
+        return (
+            kept is not None
+            and len(kept) == len(tensors)
+            and all(map(operator.is_, kept, tensors))
+            and self._versions == [t._version for t in tensors]
+        )
+
+    def keep(self, tensors: list[Tensor], value: Any) -> None:
+        # An inference tensor has no version.
+        known = not any(t.is_inference() for t in tensors)
+        self._tensors = tensors if known else None
+        self._versions = [t._version for t in tensors] if known else []
+        self.value = value

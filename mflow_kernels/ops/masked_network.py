@@ -168,6 +168,23 @@ def network_ref(
     return values[-1]
 
 
+def tensors_of(operations: Sequence[Operation]) -> list[Tensor]:
+    """The tensors that have gradients."""
+    names = ("weight", "bias")
+    found = (getattr(o, name, None) for o in operations for name in names)
+    return [t for t in found if t is not None]
+
+
+def with_tensors(operations: Sequence[Operation], tensors: Sequence[Tensor]) -> list[Operation]:
+    """The operations with these in place of `tensors_of(operations)`."""
+    rest = iter(tensors)
+    made = []
+    for o in operations:
+        new = {n: next(rest) for n in ("weight", "bias") if getattr(o, n, None) is not None}
+        made.append(o._replace(**new) if new else o)  # type: ignore[arg-type]
+    return made
+
+
 class Degrees:
     """The degrees of a masked network's variables and units, found in its masks.
 

@@ -1,0 +1,120 @@
+// The activations of masked networks, elementwise. mflow_kernels/ops/masked_network.py has the list.
+#pragma once
+
+#include <cmath>
+
+#include "../common/functions.h"
+#include "../common/table.h"
+#include "../coupling/scale.h"
+
+namespace mflow {
+
+template <class A>
+MFLOW_INLINE A sigmoid_of(A x) {
+    const A e = exp_of(x < A(0) ? x : -x);
+    return (x < A(0) ? e : A(1)) / (A(1) + e);
+}
+template <class A>
+MFLOW_INLINE A signed_tanh(A x) {
+    const A t = tanh_of(x < A(0) ? -x : x).value;
+    return x < A(0) ? -t : t;
+}
+template <class A>
+MFLOW_INLINE A elu_of(A x, A alpha, A over) {
+    const A below = alpha * exp_and_minus1(x > A(0) ? A(0) : x * over).minus1;
+    return x > A(0) ? x : below;
+}
+
+struct Relu {
+    static constexpr const char* name = "relu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return x < A(0) ? A(0) : x;  // NaN stays
+    }
+};
+struct LeakyRelu {
+    static constexpr const char* name = "leaky_relu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A slope) {
+        return x > A(0) ? x : slope * x;
+    }
+};
+struct Elu {
+    static constexpr const char* name = "elu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A alpha) {
+        return elu_of(x, alpha, A(1));
+    }
+};
+struct Selu {
+    static constexpr const char* name = "selu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return A(1.0507009873554804934193349852946) * elu_of(x, A(1.6732632423543772848170429916717), A(1));
+    }
+};
+struct Celu {
+    static constexpr const char* name = "celu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A alpha) {
+        return elu_of(x, alpha, A(1) / alpha);
+    }
+};
+struct TanhUnit {
+    static constexpr const char* name = "tanh";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return signed_tanh(x);
+    }
+};
+struct SigmoidUnit {
+    static constexpr const char* name = "sigmoid";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return sigmoid_of(x);
+    }
+};
+struct Silu {
+    static constexpr const char* name = "silu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return x * sigmoid_of(x);
+    }
+};
+struct Gelu {
+    static constexpr const char* name = "gelu";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return x * A(0.5) * (A(1) + std::erf(x * A(0.70710678118654752440)));
+    }
+};
+struct GeluTanh {
+    static constexpr const char* name = "gelu_tanh";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        const A inner = A(0.79788456080286535588) * (x + A(0.044715) * x * x * x);
+        return A(0.5) * x * (A(1) + signed_tanh(inner));
+    }
+};
+struct SoftplusUnit {
+    static constexpr const char* name = "softplus";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A beta) {
+        const A r = beta * x;
+        const A e = exp_of(r < A(0) ? r : -r);
+        // Above the threshold of 20, torch returns x.
+        return r > A(20) ? x : ((r < A(0) ? A(0) : r) + log1p_of(e)) / beta;
+    }
+};
+struct IdentityUnit {
+    static constexpr const char* name = "identity";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return x;
+    }
+};
+
+using Activations = Table<Relu, LeakyRelu, Elu, Selu, Celu, TanhUnit, SigmoidUnit, Silu, Gelu, GeluTanh,
+                          SoftplusUnit, IdentityUnit>;
+
+}  // namespace mflow

@@ -1,0 +1,141 @@
+"""A masked network whose units are sorted by degree, for the loop and the kernel of its inverse.
+
+`SortedNetwork` is settled by the masks. Its `plan` is a list of whole numbers: for each operation
+its kind, its number of units, the value that it reads, where the units of each degree begin, and
+which rows of other values they need (csrc/autoregressive/bindings.cpp reads it). `numbers` gathers
+the weights, biases and constants in the sorted order, by one gather.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.masked_network import (
+    ACTIVATIONS,
+    Activation,
+    Add,
+    AddContext,
+    Affine,
+    Degrees,
+    Gate,
+    Linear,
+    Operation,
+    Pick,
+    tensors_of,
+)
+
+KINDS = (Linear, Activation, Add, Affine, AddContext, Gate, Pick)  # in csrc's order
+
+
+class _Value:
+    """A value's units in the order of their degrees.
+
+    Attributes:
+        order: the units, without those that no variable needs.
+        row: the row of each unit in this order; -1 if it is not in it.
+        starts: the first row of each degree, and the number of rows.
+    """
+
+    def __init__(self, degrees: Tensor, count: int, order: Tensor | None = None) -> None:
+        if order is None:
+            order = degrees.argsort(stable=True)
+        self.order = order[degrees[order] < count]
+        self.row = torch.full_like(degrees, -1)
+        self.row[self.order] = torch.arange(len(self.order))
+        self.starts = torch.searchsorted(degrees[self.order], torch.arange(count + 1))
+
+
+class SortedNetwork:
+    """The order of a network's units.
+
+    Args:
+        operations: the network.
+        degrees: its degrees.
+        owner: the variable of each of the params.
+
+    Attributes:
+        plan: int64.
+    """
+
+    def __init__(self, operations: Sequence[Operation], degrees: Degrees, owner: Tensor) -> None:
+        count = degrees.count
+        features = len(degrees.variables)
+        # All variables are values that the loop returns, those of the last degree, too.
+        variables = _Value(degrees.variables, count)
+        by_variable = owner.argsort(stable=True).view(features, -1)
+        values = [variables]
+        values += [_Value(d, count) for d in degrees.units[1:-1]]
+        values.append(_Value(degrees.units[-1], count, by_variable[variables.order].flatten()))
+        head = [features, count, len(operations)]
+        lists: list[Tensor] = []
+        entries: list[int | Tensor] = [variables.order, variables.starts]
+        # The gather reads all tensors, then the constants, then 0 and 1.
+        sizes = [t.numel() for t in tensors_of(operations)]
+        self._constants = [o.constant for o in operations if isinstance(o, Activation)]
+        self._constants += [0.0, 1.0]
+        total = sum(sizes) + len(self._constants)
+        zero = total - 2
+        constant = sum(sizes)
+        first = 0
+        gathered: list[Tensor] = []
+        length = 0
+
+        def gather(index: Tensor) -> int:
+            nonlocal length
+            gathered.append(index.flatten())
+            length += index.numel()
+            return length - index.numel()
+
+        for i, o in enumerate(operations):
+            source, value = values[o.source], values[i + 1]
+            order = value.order
+            kind = next(k for k, cls in enumerate(KINDS) if isinstance(o, cls))
+            entries += [kind, len(order), o.source, value.starts]
+            if isinstance(o, Linear):
+                inputs = o.weight.shape[1]
+                # The degrees of the variables as units are higher by one.
+                known = source.starts[:-1] if o.source == 0 else source.starts[1:]
+                index = first + order[:, None] * inputs + source.order
+                if o.mask is not None:
+                    kept = o.mask.detach().cpu()[order][:, source.order] != 0
+                    index = torch.where(kept, index, zero)
+                entries += [known, gather(index)]
+                first += o.weight.numel()
+                if o.bias is None:
+                    entries.append(gather(torch.full_like(order, zero)))
+                else:
+                    entries.append(gather(first + order))
+                    first += o.bias.numel()
+                continue
+            units = o.units.cpu()[order] if isinstance(o, Pick) else order
+            entries.append(source.row[units])
+            if isinstance(o, Activation):
+                entries += [list(ACTIVATIONS).index(o.kind), gather(torch.tensor([constant]))]
+                constant += 1
+            elif isinstance(o, Affine):
+                entries += [gather(first + order), gather(first + o.weight.numel() + order)]
+                first += o.weight.numel() + o.bias.numel()
+            elif isinstance(o, Add):
+                entries += [o.other, values[o.other].row[order]]
+            elif isinstance(o, (AddContext, Gate)):
+                entries += [o.context, order]
+        # Lists follow the numbers that refer to them.
+        at = len(head) + len(entries)
+        numbers = list(head)
+        for entry in entries:
+            if isinstance(entry, Tensor):
+                numbers.append(at)
+                lists.append(entry)
+                at += len(entry)
+            else:
+                numbers.append(entry)
+        self.plan = torch.cat([torch.tensor(numbers), *lists])
+        self._gathered = torch.cat(gathered)
+
+    def numbers(self, operations: Sequence[Operation], like: Tensor) -> Tensor:
+        """The numbers of the plan, in the dtype and on the device of `like`."""
+        tensors = [t.detach().reshape(-1) for t in tensors_of(operations)]
+        constants = like.new_tensor(self._constants)
+        self._gathered = self._gathered.to(like.device)
+        return torch.cat([*tensors, constants])[self._gathered]
