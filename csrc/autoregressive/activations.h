@@ -113,8 +113,30 @@ struct IdentityUnit {
         return x;
     }
 };
+struct Sin {
+    static constexpr const char* name = "sin";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return std::sin(x);
+    }
+};
+struct Cos {
+    static constexpr const char* name = "cos";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A) {
+        return std::cos(x);
+    }
+};
+struct Wrap {
+    static constexpr const char* name = "wrap";
+    template <class A>
+    static MFLOW_INLINE A of(A x, A bound) {
+        const A rest = std::fmod(x, A(2) * bound);
+        return (rest < A(0) ? rest + A(2) * bound : rest) - bound;
+    }
+};
 
 using Activations = Table<Relu, LeakyRelu, Elu, Selu, Celu, TanhUnit, SigmoidUnit, Silu, Gelu, GeluTanh,
-                          SoftplusUnit, IdentityUnit>;
+                          SoftplusUnit, IdentityUnit, Sin, Cos, Wrap>;
 
 }  // namespace mflow

@@ -14,12 +14,13 @@ from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
 from mflow_kernels.interop.affine import AffineMap
+from mflow_kernels.interop.autoregressive import Autoregressive
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, Reorder, Row
 from mflow_kernels.interop.orders import versions
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
-from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
+from mflow_kernels.interop.splines import SplineMap
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.spline import Spline
@@ -125,7 +126,7 @@ class FusedSequence:
         self._couplings, self.has_couplings = len(nets), bool(nets)
         self._scales = any(isinstance(part, Linear) and not part.permutes for part in parts)
         self._passes = any(
-            isinstance(p, Elementwise) and isinstance(p.layer, AutoregressiveSplines) for p in parts
+            isinstance(p, Elementwise) and isinstance(p.layer, Autoregressive) for p in parts
         )
         self._has_ledger = any(isinstance(part, (Coupling, Elementwise)) for part in parts)
         trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}

@@ -22,7 +22,6 @@ Shapes: x, z (N, D); params (N, 2 D), raw scales then shifts, or (N, D * numbers
 of each variable in a row; contexts (N, units). float32 or float64; logdet (N,) has the same dtype.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -278,22 +277,19 @@ class _Kept:
     value: Any = None
 
     def __init__(self) -> None:
-        self._tensors: list[Tensor] | None = None
-        self._versions: list[int] = []
+        self._tensors: list[Tensor] = []  # so that no other tensor gets their memory
+        self._key: list[Any] | None = None
 
     def are(self, tensors: list[Tensor]) -> bool:
         """Whether these are the tensors, unchanged."""
-        kept = self._tensors
-        return (
-            kept is not None
-            and len(kept) == len(tensors)
-            and all(map(operator.is_, kept, tensors))
-            and self._versions == [t._version for t in tensors]
-        )
+        return self._key is not None and self._key == _key_of(tensors)
 
     def keep(self, tensors: list[Tensor], value: Any) -> None:
-        # An inference tensor has no version.
-        known = not any(t.is_inference() for t in tensors)
-        self._tensors = tensors if known else None
-        self._versions = [t._version for t in tensors] if known else []
-        self.value = value
+        self._tensors, self._key, self.value = tensors, _key_of(tensors), value
+
+
+def _key_of(tensors: list[Tensor]) -> list[Any] | None:
+    """What changes if one of these tensors does; None if that cannot be seen."""
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return None
+    return [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]

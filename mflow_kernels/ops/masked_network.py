@@ -33,6 +33,9 @@ ActivationKind = Literal[
     "gelu_tanh",
     "softplus",
     "identity",
+    "sin",
+    "cos",
+    "wrap",
 ]
 
 
@@ -47,7 +50,7 @@ class Linear(NamedTuple):
 
 class Activation(NamedTuple):
     """An elementwise function. `constant` is the slope of "leaky_relu", alpha of "elu" and "celu",
-    and beta of "softplus"."""
+    beta of "softplus", and B of "wrap", x mod 2 B - B."""
 
     source: int
     kind: ActivationKind
@@ -105,6 +108,9 @@ ACTIVATIONS: dict[ActivationKind, Callable[[Tensor, float], Tensor]] = {
     "gelu_tanh": lambda x, _: F.gelu(x, approximate="tanh"),
     "softplus": lambda x, beta: F.softplus(x, beta),
     "identity": lambda x, _: x,
+    "sin": lambda x, _: x.sin(),
+    "cos": lambda x, _: x.cos(),
+    "wrap": lambda x, bound: torch.remainder(x, 2 * bound) - bound,
 }
 
 
@@ -221,7 +227,8 @@ class Degrees:
             raise ValueError(
                 f"operations: expected {len(owner)} params, got {len(depends[-1])} of them"
             )
-        needs = torch.zeros(features, features).index_add_(0, owner, depends[-1].float()) > 0
+        needs = torch.zeros(features, features, dtype=torch.float32)
+        needs = needs.index_add_(0, owner, depends[-1].float()) > 0
         self.variables = _degrees(needs)
         self.count = int(self.variables.max()) + 1
         self.units = [torch.where(rows, self.variables + 1, 0).amax(1) for rows in depends[:-1]] + [

@@ -1,0 +1,260 @@
+"""The masked networks of other libraries, as lists of operations (`ops/masked_network.py`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels.interop.linear import constant
+from mflow_kernels.layers.networks import has_hooks
+from mflow_kernels.ops.masked_network import (
+    Activation,
+    ActivationKind,
+    Add,
+    AddContext,
+    Affine,
+    Gate,
+    Linear,
+    Operation,
+    Pick,
+    network_ref,
+)
+
+
+class Unknown(Exception):
+    """A network is no list of our operations; the text is the reason."""
+
+
+_FUNCTIONS: dict[Any, tuple[ActivationKind, float]] = {
+    **dict.fromkeys((F.relu, torch.relu), ("relu", 1.0)),
+    F.leaky_relu: ("leaky_relu", 0.01),
+    F.elu: ("elu", 1.0),
+    **dict.fromkeys((F.selu, torch.selu), ("selu", 1.0)),
+    **dict.fromkeys((F.celu, torch.celu), ("celu", 1.0)),
+    **dict.fromkeys((F.tanh, torch.tanh), ("tanh", 1.0)),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid), ("sigmoid", 1.0)),
+    F.silu: ("silu", 1.0),
+    F.gelu: ("gelu", 1.0),
+    F.softplus: ("softplus", 1.0),
+}
+_MODULES: dict[type, Callable[[Any], tuple[ActivationKind, float] | None]] = {
+    nn.ReLU: lambda m: ("relu", 1.0),
+    nn.LeakyReLU: lambda m: ("leaky_relu", m.negative_slope),
+    nn.ELU: lambda m: ("elu", m.alpha),
+    nn.SELU: lambda m: ("selu", 1.0),
+    nn.CELU: lambda m: ("celu", m.alpha),
+    nn.Tanh: lambda m: ("tanh", 1.0),
+    nn.Sigmoid: lambda m: ("sigmoid", 1.0),
+    nn.SiLU: lambda m: ("silu", 1.0),
+    nn.GELU: lambda m: ("gelu" if m.approximate == "none" else "gelu_tanh", 1.0),
+    nn.Softplus: lambda m: ("softplus", m.beta) if m.threshold == 20 else None,
+    nn.Identity: lambda m: ("identity", 1.0),
+}
+
+
+def _activation(function: Any) -> tuple[ActivationKind, float]:
+    """The kind of a library's activation, and its constant."""
+    if type(function) in _MODULES:
+        found = _MODULES[type(function)](function)
+        if getattr(function, "inplace", False):
+            raise Unknown("its activation changes its input in place")
+    else:
+        found = _FUNCTIONS.get(function)
+    if found is None:
+        raise Unknown("its activation is a custom function")
+    return found
+
+
+class Operations(list[Operation]):
+    """Operations that read one another; each reads the last value unless `source` names one."""
+
+    def put(self, kind: type[Any], *fields: Any, source: int | None = None) -> int:
+        """Append an operation; return the index of its value."""
+        self.append(kind(len(self) if source is None else source, *fields))
+        return len(self)
+
+    def linear(self, layer: Any) -> None:
+        self.put(Linear, layer.weight, layer.mask, layer.bias)
+
+    def activate(self, function: Any) -> None:
+        self.put(Activation, *_activation(function))
+
+    def batch_norm(self, layer: Any) -> None:
+        if layer.running_var is None:
+            raise Unknown("its batch norm has no running statistics")
+        scale = (layer.running_var + layer.eps).rsqrt()
+        weight = scale if layer.weight is None else scale * layer.weight
+        bias = -layer.running_mean * weight
+        self.put(Affine, weight, bias if layer.bias is None else bias + layer.bias)
+
+    def scale(self, weight: Tensor, source: int | None = None) -> int:
+        return self.put(Affine, weight, torch.zeros_like(weight), source=source)
+
+
+Extra = Callable[[Operations, Tensor], None]
+"""Appends operations to those before it, for states like the tensor."""
+
+
+class Network(nn.Module):
+    """A library's masked network, whose params are in the order of our operators.
+
+    Args:
+        net: the network, which keeps its parameters.
+        finish: operations that make our params from the network's.
+
+    Attributes:
+        why: why the network is no list of operations; "" if it is one.
+    """
+
+    def __init__(self, net: nn.Module, finish: Extra | None = None) -> None:
+        super().__init__()
+        self.net, self.finish = net, finish
+        self._random: list[Any] = [
+            m for m in net.modules() if isinstance(m, (nn.Dropout, nn.BatchNorm1d))
+        ]
+        self.why = "its network has hooks" if has_hooks(*net.modules()) else ""
+        try:
+            self.read(Operations(), 0)
+        except Unknown as unknown:
+            self.why = self.why or str(unknown)
+
+    def is_listed(self) -> bool:
+        """Whether `operations` computes the network now: not if it drops units, or normalizes the
+        samples of a batch with one another."""
+        return not self.why and not any(m.training and getattr(m, "p", 1) for m in self._random)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """The params of x, by the library's own code."""
+        params = self.call(x, *context)
+        made = Operations()
+        if self.finish is not None:
+            self.finish(made, params)
+        return network_ref(made, params)
+
+    def operations(
+        self, x: Tensor, *context: Tensor, start: Extra | None = None
+    ) -> list[Operation]:
+        """The network with its present tensors.
+
+        Args:
+            start: operations that make the network's input from the value 0.
+        """
+        made = Operations()
+        if start is not None:
+            start(made, x)
+        self.read(made, len(context))
+        if self.finish is not None:
+            self.finish(made, x)
+        return made
+
+    def call(self, x: Tensor, *context: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def read(self, made: Operations, contexts: int) -> None:
+        """Append the network's operations, with this number of contexts: 0 or 1.
+
+        Raises:
+            Unknown: it is no list of operations.
+        """
+        raise NotImplementedError
+
+    def contexts(self, *context: Tensor) -> list[Tensor]:
+        """The contexts of the operations, (N, units)."""
+        raise NotImplementedError
+
+
+class Made(Network):
+    """The network MADE of nflows, and of normflows, which changed it.
+
+    nflows adds a context inside each residual block, and normflows gates a block's output by it.
+    nflows has two activations more: of the first layer's context, and behind the first layer if
+    there are no residual blocks.
+
+    Args:
+        module: the library's module with the class MADE and its parts.
+    """
+
+    def __init__(self, net: nn.Module, module: Any, finish: Extra | None = None) -> None:
+        self.__dict__["module"] = module
+        super().__init__(net, finish)
+
+    def call(self, x: Tensor, *context: Tensor) -> Tensor:
+        params: Tensor = self.net(x, context[0] if context else None)
+        return params
+
+    def read(self, made: Operations, contexts: int) -> None:
+        net: Any = self.net
+        module = self.module
+        parts = module.MaskedResidualBlock, module.MaskedFeedforwardBlock
+        layers = [m for m in net.modules() if isinstance(m, nn.Linear) and hasattr(m, "mask")]
+        exact = type(net) is module.MADE and all(type(m) is module.MaskedLinear for m in layers)
+        if not exact or not all(type(block) in parts for block in net.blocks):
+            raise Unknown(f"its network is a {type(net).__name__} of another kind")
+        of_nflows = hasattr(net, "use_residual_blocks")
+        preprocessing = getattr(net, "preprocessing", None)
+        if hasattr(preprocessing, "inv_perm"):
+            _periodic(made, preprocessing)
+        made.linear(net.initial_layer)
+        if contexts:
+            made.put(AddContext, 0)
+        if of_nflows and not net.use_residual_blocks:
+            made.activate(net.activation)
+        for i, block in enumerate(net.blocks):
+            if type(block) is module.MaskedFeedforwardBlock:
+                if block.batch_norm is not None:
+                    made.batch_norm(block.batch_norm)
+                made.linear(block.linear)
+                made.activate(block.activation)
+                continue
+            start = len(made)
+            for k in range(2):
+                if block.use_batch_norm:
+                    made.batch_norm(block.batch_norm_layers[k])
+                made.activate(block.activation)
+                made.linear(block.linear_layers[k])
+                if contexts and k == (0 if of_nflows else 1):
+                    made.put(AddContext if of_nflows else Gate, 1 + i)
+            made.put(Add, start)
+        made.linear(net.final_layer)
+
+    def contexts(self, *context: Tensor) -> list[Tensor]:
+        if not context:
+            return []
+        net: Any = self.net
+        first = net.context_layer(context[0])
+        if hasattr(net, "use_residual_blocks"):
+            first = net.activation(first)
+        blocks = [b.context_layer for b in net.blocks if hasattr(b, "context_layer")]
+        return [first, *(layer(context[0]) for layer in blocks)]
+
+
+def _periodic(made: Operations, layer: Any) -> None:
+    """normflows' `PeriodicFeaturesElementwise`: w0 sin(s x) + w1 cos(s x) for angles, else x."""
+    if layer.apply_bias or type(layer.activation) is not nn.Identity:
+        raise Unknown("its periodic features have a bias or an activation")
+    weights = layer.weights
+    others = weights.new_ones(layer.ndim).index_fill(0, layer.ind, 0.0)
+    scale = torch.as_tensor(layer.scale).to(weights).expand(len(layer.ind))
+    start = len(made)
+    scaled = made.scale(torch.zeros_like(others).index_copy(0, layer.ind, scale))
+    total = made.scale(others, source=start)
+    for function, weight in zip(("sin", "cos"), weights.unbind(1), strict=True):
+        made.put(Activation, function, source=scaled)
+        wave = made.scale(torch.zeros_like(others).index_copy(0, layer.ind, weight))
+        total = made.put(Add, total, source=wave)
+
+
+def planar(features: int, raw: int) -> Extra:
+    """Orders pairs of a raw scale and a shift: all raw scales, then all shifts.
+
+    Args:
+        raw: the place of the raw scale in a pair.
+    """
+    order = (*range(raw, 2 * features, 2), *range(1 - raw, 2 * features, 2))
+
+    def finish(made: Operations, x: Tensor) -> None:
+        made.put(Pick, constant(order, x.device))
+
+    return finish
