@@ -1,13 +1,14 @@
 """Masked autoregressive maps of other libraries, with the inverse in one pass's work."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import constant
-from mflow_kernels.interop.masked_networks import Extra, Made, Network, Operations, planar
+from mflow_kernels.interop.masked_networks import Made, MadeKinds, Network, Operations, Planar
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import spline_of
 from mflow_kernels.ops.masked_autoregressive import (
@@ -66,7 +67,8 @@ class Autoregressive(nn.Module):
         if at is not None:
             z = at.enter(z, True)
         if net.is_listed():
-            operations = net.operations(z, *context, start=at and at.start)
+            start = None if at is None else at.start
+            operations = net.operations(z, *context, start=start)
             x, logdet = self.in_one_pass(z, operations, self.transform, net.contexts(*context))
             return x if at is None else at.leave(x, False), logdet
         x, logdet = torch.zeros_like(z), z.new_zeros(len(z))
@@ -96,19 +98,19 @@ class Scaled:
         made.scale(self._bound())
 
 
-def affine_parts(layer: Any, module: Any, scale: ScaleFunction) -> tuple[Part, ...] | str:
+def affine_parts(layer: Any, kinds: MadeKinds, scale: ScaleFunction) -> tuple[Part, ...] | str:
     """The parts of a `MaskedAffineAutoregressive(Transform)` in its forward direction.
 
     Args:
-        module: the library's module with MADE.
+        kinds: the classes of its network.
     """
-    net = Made(layer.autoregressive_net, module, planar(layer.features, 0))
+    net = Made(layer.autoregressive_net, kinds, Planar(layer.features, 0))
     if net.why:
         return f"{net.why}, so it would not be faster"
     return (Elementwise(Autoregressive(net, scale), "autoregressive affine map"),)
 
 
-def spline_parts(layer: Any, module: Any) -> tuple[Part, ...] | str:
+def spline_parts(layer: Any, kinds: MadeKinds) -> tuple[Part, ...] | str:
     """The same of a `MaskedPiecewiseRationalQuadraticAutoregressive(Transform)`."""
     net = layer.autoregressive_net
     scaled = isinstance(layer.tail_bound, Tensor)
@@ -116,11 +118,11 @@ def spline_parts(layer: Any, module: Any) -> tuple[Part, ...] | str:
     finish = None
     if isinstance(tails, (list, tuple)):
         tails = "circular"
-        finish = _mixed(tuple(layer.tails), layer.num_bins, layer.min_derivative)
+        finish = _Circular(tuple(layer.tails), layer.num_bins, layer.min_derivative)
     spline = spline_of(layer, layer.num_bins, tails, 1.0 if scaled else layer.tail_bound, net)
     if isinstance(spline, str):
         return spline
-    made = Made(net, module, finish)
+    made = Made(net, kinds, finish)
     what = "autoregressive spline"
     if made.why:
         what += f" (inverted by a pass for each feature, as {made.why})"
@@ -128,20 +130,27 @@ def spline_parts(layer: Any, module: Any) -> tuple[Part, ...] | str:
     return (Elementwise(Autoregressive(made, spline, at), what),)
 
 
-def _mixed(tails: tuple[str, ...], bins: int, min_slope: float) -> Extra:
+@dataclass(frozen=True)
+class _Circular:
     """Makes numbers of circular splines from normflows', which have a slope more.
 
     A spline with linear tails is a circular one whose slope at the ends is 1.
     """
-    numbers = 3 * bins
-    order = tuple(i * (numbers + 1) + k for i in range(len(tails)) for k in range(numbers))
-    fixed = [tail == "linear" and k == 2 * bins for tail in tails for k in range(numbers)]
-    weight = tuple(0.0 if f else 1.0 for f in fixed)
-    slope = math.log(math.expm1(1 - min_slope))
-    bias = tuple(slope if f else 0.0 for f in fixed)
 
-    def finish(made: Operations, x: Tensor) -> None:
+    tails: tuple[str, ...]
+    bins: int
+    min_slope: float
+
+    def __call__(self, made: Operations, x: Tensor) -> None:
+        numbers = 3 * self.bins
+        features = range(len(self.tails))
+        order = tuple(i * (numbers + 1) + k for i in features for k in range(numbers))
         made.put(Pick, constant(order, x.device))
-        made.put(Affine, *(constant(t, x.device, x.dtype) for t in (weight, bias)))
-
-    return finish
+        slope = math.log(math.expm1(1 - self.min_slope))
+        weight, bias = [1.0] * len(order), [0.0] * len(order)
+        for i in features:
+            if self.tails[i] == "linear":
+                weight[i * numbers + 2 * self.bins] = 0.0
+                bias[i * numbers + 2 * self.bins] = slope
+        both = (constant(tuple(t), x.device, x.dtype) for t in (weight, bias))
+        made.put(Affine, *both)

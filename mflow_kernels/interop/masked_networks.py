@@ -1,7 +1,8 @@
 """The masked networks of other libraries, as lists of operations (`ops/masked_network.py`)."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,20 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
+class MadeKinds(NamedTuple):
+    """The classes of a library's module with MADE."""
+
+    network: type[nn.Module]
+    linear: type[nn.Module]
+    residual: type[nn.Module]
+    feedforward: type[nn.Module]
+
+    @staticmethod
+    def of(module: Any) -> "MadeKinds":
+        blocks = module.MaskedResidualBlock, module.MaskedFeedforwardBlock
+        return MadeKinds(module.MADE, module.MaskedLinear, *blocks)
+
+
 class Made(Network):
     """The network MADE of nflows, and of normflows, which changed it.
 
@@ -173,11 +188,13 @@ class Made(Network):
     there are no residual blocks.
 
     Args:
-        module: the library's module with the class MADE and its parts.
+        kinds: the library's classes.
     """
 
-    def __init__(self, net: nn.Module, module: Any, finish: Extra | None = None) -> None:
-        self.__dict__["module"] = module
+    kinds: MadeKinds
+
+    def __init__(self, net: nn.Module, kinds: MadeKinds, finish: Extra | None = None) -> None:
+        self.kinds = kinds
         super().__init__(net, finish)
 
     def call(self, x: Tensor, *context: Tensor) -> Tensor:
@@ -186,11 +203,10 @@ class Made(Network):
 
     def read(self, made: Operations, contexts: int) -> None:
         net: Any = self.net
-        module = self.module
-        parts = module.MaskedResidualBlock, module.MaskedFeedforwardBlock
-        layers = [m for m in net.modules() if isinstance(m, nn.Linear) and hasattr(m, "mask")]
-        exact = type(net) is module.MADE and all(type(m) is module.MaskedLinear for m in layers)
-        if not exact or not all(type(block) in parts for block in net.blocks):
+        kinds = self.kinds
+        masked = [m for m in net.modules() if isinstance(m, kinds.linear)]
+        exact = type(net) is kinds.network and all(type(m) is kinds.linear for m in masked)
+        if not exact or not all(type(block) in kinds[2:] for block in net.blocks):
             raise Unknown(f"its network is a {type(net).__name__} of another kind")
         of_nflows = hasattr(net, "use_residual_blocks")
         preprocessing = getattr(net, "preprocessing", None)
@@ -202,7 +218,7 @@ class Made(Network):
         if of_nflows and not net.use_residual_blocks:
             made.activate(net.activation)
         for i, block in enumerate(net.blocks):
-            if type(block) is module.MaskedFeedforwardBlock:
+            if type(block) is kinds.feedforward:
                 if block.batch_norm is not None:
                     made.batch_norm(block.batch_norm)
                 made.linear(block.linear)
@@ -246,15 +262,18 @@ def _periodic(made: Operations, layer: Any) -> None:
         total = made.put(Add, total, source=wave)
 
 
-def planar(features: int, raw: int) -> Extra:
+@dataclass(frozen=True)
+class Planar:
     """Orders pairs of a raw scale and a shift: all raw scales, then all shifts.
 
-    Args:
+    Attributes:
         raw: the place of the raw scale in a pair.
     """
-    order = (*range(raw, 2 * features, 2), *range(1 - raw, 2 * features, 2))
 
-    def finish(made: Operations, x: Tensor) -> None:
+    features: int
+    raw: int
+
+    def __call__(self, made: Operations, x: Tensor) -> None:
+        pairs = 2 * self.features
+        order = (*range(self.raw, pairs, 2), *range(1 - self.raw, pairs, 2))
         made.put(Pick, constant(order, x.device))
-
-    return finish

@@ -22,6 +22,7 @@ from mflow_kernels.interop.linear import (
     one_linear,
     permutation,
 )
+from mflow_kernels.interop.masked_networks import MadeKinds
 from mflow_kernels.interop.orders import Listed, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
@@ -138,7 +139,7 @@ def _coupling(layer: Any, net: Params, scale: ScaleFunction) -> tuple[Part, ...]
     return (Reorder(Listed(order)), coupling, Reorder(Listed(inverse_of(order))))
 
 
-def _masked_affine(layer: Any, made: Any) -> tuple[Part, ...] | str:
+def _masked_affine(layer: Any, made: MadeKinds) -> tuple[Part, ...] | str:
     scale = _autoregressive_scale(layer)
     if scale is None:
         return "its scale activation is a custom function"
@@ -186,7 +187,7 @@ def layers_of(nt: Any, affine: tuple[type, ...] = ()) -> dict[type, PartsOf]:
         affine: other classes that compute what `AffineCouplingTransform` computes.
     """
 
-    made = nt.autoregressive.made_module
+    made = MadeKinds.of(nt.autoregressive.made_module)
 
     def composite(layer: Any) -> tuple[Part, ...] | str:
         why = "mflow_kernels does not have all of its transforms"

@@ -26,6 +26,7 @@ from mflow_kernels.interop.actnorm_initialization import (
 )
 from mflow_kernels.interop.autoregressive import affine_parts, spline_parts
 from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, lu_linears, permutation
+from mflow_kernels.interop.masked_networks import MadeKinds
 from mflow_kernels.interop.orders import Listed, Rotated, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
@@ -120,6 +121,7 @@ _SCALES = {
     "sigmoid": (ScaleFunction("sigmoid"), False, -1.0),
     "sigmoid_inv": (ScaleFunction("sigmoid", order="scale-shift"), True, 1.0),
 }
+MADE = MadeKinds.of(made)
 MASKED_SIGMOID = ScaleFunction("sigmoid", offset=2.0, eps=1e-3, order="scale-shift")
 
 
@@ -198,11 +200,11 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nf.flows.GlowBlock: _glow_block,
     nf.flows.Squeeze: lambda _: (SpaceToDepth(inverted=False),),
     nf.flows.CoupledRationalQuadraticSpline: lambda layer: _spline_coupling(layer.prqct),
-    nf.flows.MaskedAffineAutoregressive: lambda m: inverted(affine_parts(m, made, MASKED_SIGMOID)),
-    nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, made),
-    nf.flows.CircularAutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, made),
+    nf.flows.MaskedAffineAutoregressive: lambda m: inverted(affine_parts(m, MADE, MASKED_SIGMOID)),
+    nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, MADE),
+    nf.flows.CircularAutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, MADE),
     PiecewiseRationalQuadraticCoupling: lambda layer: inverted(_spline_coupling(layer)),
-    MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(spline_parts(m, made)),
+    MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(spline_parts(m, MADE)),
 }
 
 

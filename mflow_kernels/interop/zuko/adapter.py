@@ -27,7 +27,7 @@ from mflow_kernels.interop.adapter import Adapter, PartsOf
 from mflow_kernels.interop.autoregressive import Autoregressive
 from mflow_kernels.interop.fingerprints import source_fingerprint
 from mflow_kernels.interop.linear import constant
-from mflow_kernels.interop.masked_networks import Extra, Network, Operations, Unknown, planar
+from mflow_kernels.interop.masked_networks import Extra, Network, Operations, Planar, Unknown
 from mflow_kernels.interop.orders import inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import SplineMap
@@ -54,8 +54,10 @@ Order = tuple[int, ...] | None
 class MaskedMLP(Network):
     """zuko's masked network, which reads the features and the context in one vector."""
 
+    features: int
+
     def __init__(self, net: nn.Module, features: int, finish: Extra | None) -> None:
-        self.__dict__["features"] = features
+        self.features = features
         super().__init__(net, finish)
 
     def call(self, x: Tensor, *context: Tensor) -> Tensor:
@@ -64,7 +66,8 @@ class MaskedMLP(Network):
     def read(self, made: Operations, contexts: int) -> None:
         if type(self.net) is not zuko.nn.MaskedMLP:
             raise Unknown(f"its network is a {type(self.net).__name__} of another kind")
-        layers: list[Any] = list(self.net)
+        net: Any = self.net
+        layers: list[Any] = list(net)
         for layer in layers:
             if layer is layers[0] and contexts:
                 weight, mask = (t[:, : self.features] for t in (layer.weight, layer.mask))
@@ -81,7 +84,8 @@ class MaskedMLP(Network):
     def contexts(self, *context: Tensor) -> list[Tensor]:
         if not context:
             return []
-        first: Any = self.net[0]
+        net: Any = self.net
+        first = net[0]
         return [F.linear(context[0], (first.mask * first.weight)[:, self.features :])]
 
 
@@ -112,15 +116,15 @@ def _parts(what: str, layer: Any) -> tuple[Part, ...] | str:
     transform = _transform(univariate, [tuple(shape) for shape in layer.shapes], options)
     if isinstance(transform, str):
         return transform
-    affine = isinstance(transform, ScaleFunction)
     if not isinstance(layer, MaskedAutoregressiveTransform):
-        if affine:
+        if isinstance(transform, ScaleFunction) or univariate is not zt.MonotonicRQSTransform:
             return "its univariate transformation is not MonotonicRQSTransform"
         net = getattr(layer, "hyper", nn.Identity())
         return (Elementwise(SplineMap(net, transform, 0), what),)
+    affine = isinstance(transform, ScaleFunction)
     hyper: Any = layer.hyper
     features = len(hyper[-1].weight) // layer.total
-    net = MaskedMLP(hyper, features, planar(features, 1) if affine else None)
+    net = MaskedMLP(hyper, features, Planar(features, 1) if affine else None)
     if net.why and affine:
         return f"{net.why}, so it would not be faster"
     at = Angles() if univariate is CircularRQSTransform else None
@@ -133,11 +137,9 @@ def _transform(
 ) -> Spline | ScaleFunction | str:
     """Our form of a univariate transformation, or why there is none."""
     circular = univariate is CircularRQSTransform
-    if (
-        circular
-        and source_fingerprint("zuko.flows.spline") not in FINGERPRINTS["zuko.flows.spline"]
-    ):
-        return "the source of zuko.flows.spline is not that of a tested version"
+    module = "zuko.flows.spline"
+    if circular and source_fingerprint(module) not in FINGERPRINTS[module]:
+        return f"the source of {module} is not that of a tested version"
     slope = options.get("slope") or _default(univariate, "slope")
     if univariate is zt.MonotonicAffineTransform and shapes == [(), ()]:
         if options.keys() <= {"slope"} and 0 < slope < 1:
