@@ -1,5 +1,8 @@
-// The inverse of masked autoregressive maps on the CPU: the struct that describes a problem. The idea and the
+// Masked autoregressive maps and their inverses on the CPU: the struct that describes a problem. The idea and the
 // formulas are those of mflow_kernels/ops/masked_autoregressive.py. This file does not depend on torch.
+//
+//   forward     z from x, or x from z, and the sum of log |dz/dx| or log |dx/dz| of each sample
+//   backward    the gradients of what was given, of the contexts, and of all numbers
 #pragma once
 
 #include <vector>
@@ -28,8 +31,8 @@ struct MaskedOperation {
     int64_t weight = 0, bias = 0, constant = 0;
 };
 
-struct MaskedInverse {
-    bool is_double = false;
+struct MaskedMap {
+    bool is_double = false, inverse = false;
     int64_t samples = 0, features = 0, degrees = 0;
     std::vector<MaskedOperation> operations;  // value 0 is x, value i + 1 the result of operation i
     // The variables sorted by degree; those from starts[d] to starts[d + 1] have degree d.
@@ -37,8 +40,16 @@ struct MaskedInverse {
     const int64_t* starts = nullptr;
     const void* numbers = nullptr;  // all weights, biases and constants
     std::vector<StateView> contexts;
-    StateView z, x;
+    // Forward reads `given`, x or z, and writes `result`, the other one, and the logdet.
+    StateView given, result;
     SampleValues logdet;
+    // Backward, with dresult: reads given and x (`result` if inverse), dresult and dlogdet; writes dgiven and
+    // adds to the gradients of contexts. Each of the `chunks` rows of dnumbers gets the sums of some samples.
+    StateView dresult, dgiven;
+    SampleValues dlogdet;
+    std::vector<StateView> dcontexts;
+    void* dnumbers = nullptr;
+    int64_t chunks = 0, count = 0;  // of the rows, and the numbers in each
     // The params of the variables: the last value. Each has raw and shift, or the numbers of a spline, in
     // consecutive rows.
     bool is_spline = false;
@@ -48,6 +59,6 @@ struct MaskedInverse {
     int64_t params() const { return is_spline ? spline.options.numbers() : 2; }
 };
 
-void run(const MaskedInverse& problem, int threads);
+void run(const MaskedMap& problem, int threads);
 
 }  // namespace mflow

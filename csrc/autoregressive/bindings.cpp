@@ -1,4 +1,4 @@
-// Binds the inverse of masked autoregressive maps to Python. The checks here keep the loops from reading or
+// Binds masked autoregressive maps to Python. The checks here keep the loops from reading or
 // writing wrong memory. The caller (mflow_kernels/ops/masked_autoregressive.py) has checked devices.
 
 #include <string>
@@ -54,7 +54,7 @@ int64_t offset(Plan& plan, int64_t count, int64_t numbers) {
     return first;
 }
 
-void read_operation(MaskedInverse& p, Plan& plan, std::vector<int64_t>& units, const std::vector<int64_t>& context_units,
+void read_operation(MaskedMap& p, Plan& plan, std::vector<int64_t>& units, const std::vector<int64_t>& context_units,
                     int64_t numbers) {
     using Kind = MaskedOperation::Kind;
     MaskedOperation o;
@@ -92,38 +92,37 @@ void read_operation(MaskedInverse& p, Plan& plan, std::vector<int64_t>& units, c
     p.operations.push_back(o);
 }
 
-// `transform` is `Spline.args` or `ScaleFunction.args`.
-void masked_inverse(int threads, const py::object& z, const py::object& x, const py::object& logdet,
-                    const py::object& plan_of, const py::object& numbers_of, const py::tuple& contexts,
-                    const py::tuple& transform, bool is_spline) {
-    Arguments arguments(z);
-    MaskedInverse p;
+// Sets all but results and gradients. `transform` is `Spline.args` or `ScaleFunction.args`.
+void describe(MaskedMap& p, Arguments& arguments, const py::object& given, const py::object& plan_of,
+              const py::object& numbers_of, const py::tuple& contexts, const py::tuple& transform, bool is_spline,
+              bool inverse, std::vector<Tensor>& kept) {
     Shape shape;
     p.is_double = arguments.is_double;
-    p.z = arguments.state(z, Use::read, shape);
-    p.x = arguments.state_like(x, Use::write, shape);
-    p.logdet = arguments.samples(logdet, Use::write, shape.samples);
+    p.inverse = inverse;
+    p.given = arguments.state(given, Use::read, shape);
     p.samples = shape.samples;
     p.features = shape.channels;
     if (shape.pixels != 1) fail("expected vectors");
     p.is_spline = is_spline;
     p.coupling.is_double = p.is_double;
-    p.coupling.inverse = true;
+    p.coupling.inverse = inverse;
     is_spline ? set_options(p.spline, transform) : set_options(p.coupling, transform);
     std::vector<int64_t> context_units;
-    for (const py::handle& given : contexts) {
+    for (const py::handle& one : contexts) {
         Shape own;
-        p.contexts.push_back(arguments.state(py::reinterpret_borrow<py::object>(given), Use::read, own));
+        p.contexts.push_back(arguments.state(py::reinterpret_borrow<py::object>(one), Use::read, own));
         if (own.samples != p.samples || own.pixels != 1) fail("expected contexts (N, units)");
         context_units.push_back(own.channels);
     }
-    const Tensor ints(plan_of, py::object(plan_of.attr("dtype")), Use::read);
-    const Tensor reals(numbers_of, py::object(z.attr("dtype")), Use::write);  // it must have the state's dtype
     if (py::cast<int>(plan_of.attr("dtype").attr("itemsize")) != 8) fail("expected a plan of int64");
+    const Tensor& ints = kept.emplace_back(plan_of, py::object(plan_of.attr("dtype")), Use::read);
     if (ints.axes() != 1 || ints.stride(0) != 1) fail("expected a dense plan");
-    if (reals.axes() != 1 || reals.stride(0) != 1) fail("expected dense numbers");
     Plan plan(static_cast<const int64_t*>(ints.data()), ints.length(0));
+    // Use::write requires the state's dtype.
+    const Tensor& reals = kept.emplace_back(numbers_of, py::object(given.attr("dtype")), Use::write);
+    if (reals.axes() != 1 || reals.stride(0) != 1) fail("expected dense numbers");
     p.numbers = reals.data();
+    p.count = reals.length(0);
     if (plan.next() != p.features) fail("expected a plan for other features");
     p.degrees = plan.next();
     if (p.degrees < 1 || p.degrees > p.features) fail("expected 1 to D degrees");
@@ -132,14 +131,62 @@ void masked_inverse(int threads, const py::object& z, const py::object& x, const
     p.order = plan.list(p.features, 0, p.features);
     p.starts = plan.starts(p.degrees, p.features);
     std::vector<int64_t> units = {p.features};
-    for (int64_t i = 0; i < count; ++i) read_operation(p, plan, units, context_units, reals.length(0));
+    for (int64_t i = 0; i < count; ++i) read_operation(p, plan, units, context_units, p.count);
     if (units.back() != p.features * p.params()) fail("expected the params of all features");
+}
+
+void masked_map(int threads, const py::object& given, const py::object& result, const py::object& logdet,
+                const py::object& plan, const py::object& numbers, const py::tuple& contexts,
+                const py::tuple& transform, bool is_spline, bool inverse) {
+    Arguments arguments(given);
+    std::vector<Tensor> kept;
+    kept.reserve(2);
+    MaskedMap p;
+    describe(p, arguments, given, plan, numbers, contexts, transform, is_spline, inverse, kept);
+    p.result = arguments.state_like(result, Use::write, {p.samples, p.features, 1});
+    p.logdet = arguments.samples(logdet, Use::write, p.samples);
+    py::gil_scoped_release release;
+    run(p, threads);
+}
+
+void masked_map_backward(int threads, const py::object& given, const py::object& x, const py::object& dresult,
+                         const py::object& dlogdet, const py::object& dgiven, const py::object& dnumbers,
+                         const py::tuple& dcontexts, const py::object& plan, const py::object& numbers,
+                         const py::tuple& contexts, const py::tuple& transform, bool is_spline, bool inverse) {
+    Arguments arguments(given);
+    std::vector<Tensor> kept;
+    kept.reserve(3);
+    MaskedMap p;
+    describe(p, arguments, given, plan, numbers, contexts, transform, is_spline, inverse, kept);
+    const Shape shape = {p.samples, p.features, 1};
+    p.result = arguments.state_like(x, Use::read, shape);
+    p.dresult = arguments.state_like(dresult, Use::read, shape);
+    p.dlogdet = arguments.samples(dlogdet, Use::read, p.samples);
+    p.dgiven = arguments.state_like(dgiven, Use::write, shape);
+    if (dcontexts.size() != contexts.size()) fail("expected a gradient of each context");
+    for (size_t i = 0; i < contexts.size(); ++i) {
+        Shape own, wanted;
+        arguments.state(contexts[i], Use::read, wanted);
+        p.dcontexts.push_back(arguments.state(dcontexts[i], Use::write, own));
+        if (own.samples != p.samples || own.channels != wanted.channels || own.pixels != 1) {
+            fail("expected gradients of the contexts' shapes");
+        }
+    }
+    const Tensor& sums = kept.emplace_back(dnumbers, py::object(given.attr("dtype")), Use::write);
+    if (sums.axes() != 2 || sums.length(1) != p.count || sums.stride(1) != 1 || sums.stride(0) != p.count) {
+        fail("expected dense sums (chunks, numbers)");
+    }
+    p.dnumbers = sums.data();
+    p.chunks = sums.length(0);
     py::gil_scoped_release release;
     run(p, threads);
 }
 
 }  // namespace
 
-void bind_autoregressive(py::module_& m) { m.def("masked_inverse", &masked_inverse); }
+void bind_autoregressive(py::module_& m) {
+    m.def("masked_map", &masked_map);
+    m.def("masked_map_backward", &masked_map_backward);
+}
 
 }  // namespace mflow

@@ -11,13 +11,9 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.masked_network import MaskedNetwork
 from mflow_kernels.ops.checks import check_channels, check_choice, check_count, check_device
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.masked_autoregressive import (
-    MaskedInverse,
-    Transform,
-    masked_autoregressive,
-    numbers_of,
-)
+from mflow_kernels.ops.masked_autoregressive import MaskedAutoregression, Transform, numbers_of
 from mflow_kernels.ops.masked_network import ActivationKind
+from mflow_kernels.ops.precision import autocast_dtype
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.ops.spline import SplineOptions, make_spline
 
@@ -91,7 +87,7 @@ class MaskedAutoregressive(Bijection):
             self.net.last.bias.fill_(self.transform.identity)
             if planar:
                 self.net.last.bias[features:] = 0.0
-        self._inverse = MaskedInverse()
+        self._map = MaskedAutoregression()
 
     @property
     def context_channels(self) -> int:
@@ -100,15 +96,19 @@ class MaskedAutoregressive(Bijection):
     def _checked(self, name: str, value: object) -> Tensor:
         x = flow_state(name, value)
         check_channels(name, x, self.channels, ())
-        check_device(name, x, self.net.first.weight)
+        weight = self.net.first.weight
+        check_device(name, x, weight)
+        if autocast_dtype(x) != autocast_dtype(weight):
+            expected, actual = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
+            raise TypeError(f"{name}: expected the network's dtype {expected}, got {actual}")
         return x
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self._checked("x", x)
         contexts = self.net.of_context(x, *context)
-        return masked_autoregressive(x, self.net.operations(), self.transform, contexts)
+        return self._map.forward(x, self.net.operations(), self.transform, contexts)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = self._checked("z", z)
         contexts = self.net.of_context(z, *context)
-        return self._inverse(z, self.net.operations(), self.transform, contexts)
+        return self._map.inverse(z, self.net.operations(), self.transform, contexts)

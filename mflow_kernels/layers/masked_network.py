@@ -1,6 +1,7 @@
 """The masked networks of autoregressive layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from mflow_kernels.ops.masked_network import (
     AddContext,
     Linear,
     Operation,
+    network_ref,
 )
 
 
@@ -63,9 +65,11 @@ class MaskedNetwork(nn.Module):
         nn.init.zeros_(self.last.weight)
         contexts = (1 + depth if residual else 1) if context_channels else 0
         self.contexts = nn.ModuleList(nn.Linear(context_channels, width) for _ in range(contexts))
-        place = torch.empty(features, dtype=torch.int64)
-        place[list(order)] = torch.arange(1, features + 1)
-        units = torch.arange(width) % max(1, features - 1) + min(1, features - 1)
+        # The masks are not stored, so they have values on the device "meta", too.
+        with torch.device("cpu"):
+            place = torch.empty(features, dtype=torch.int64)
+            place[list(order)] = torch.arange(1, features + 1)
+            units = torch.arange(width) % max(1, features - 1) + min(1, features - 1)
         of_params = place.repeat(numbers) if planar else place.repeat_interleave(numbers)
         for name, mask in (
             ("mask_first", units[:, None] >= place),
@@ -78,8 +82,8 @@ class MaskedNetwork(nn.Module):
         """The network with its present tensors; see `ops.masked_network`."""
         made: list[Operation] = []
 
-        def linear(layer: nn.Module, mask: Tensor) -> None:
-            made.append(Linear(len(made), layer.weight, mask, layer.bias))  # type: ignore[arg-type]
+        def linear(layer: Any, mask: Any) -> None:
+            made.append(Linear(len(made), layer.weight, mask, layer.bias))
 
         def activate() -> None:
             made.append(Activation(len(made), self.activation))
@@ -104,6 +108,10 @@ class MaskedNetwork(nn.Module):
                 activate()
         linear(self.last, self.mask_last)
         return made
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The params (N, D * numbers) of x (N, D), and of a context (N, K)."""
+        return network_ref(self.operations(), x, self.of_context(x, context))
 
     def of_context(self, x: Tensor, context: object = None) -> list[Tensor]:
         """The contexts of `operations` from a context (N, K); none without context channels.

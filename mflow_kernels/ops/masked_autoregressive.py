@@ -33,6 +33,7 @@ from mflow_kernels.ops.coupling import couple_ref
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.masked_network import (
     Degrees,
+    Linear,
     Operation,
     masked_weights,
     network_ref,
@@ -47,6 +48,9 @@ from mflow_kernels.ops.sorted_network import SortedNetwork
 from mflow_kernels.ops.spline import Spline
 
 Transform = ScaleFunction | Spline
+
+# The forward map of networks with more units in a hidden layer takes torch's products.
+WIDEST = 256
 
 
 def numbers_of(transform: Transform) -> int:
@@ -96,13 +100,13 @@ def elementwise(
     return y.to(x.dtype), log_s.sum(1)
 
 
-def masked_autoregressive(
+def masked_autoregressive_ref(
     x: Tensor,
     operations: Sequence[Operation],
     transform: Transform,
     contexts: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """z and logdet (N,) of x (N, D), in one pass of the network. Gradients are autograd's."""
+    """z and logdet (N,) of x (N, D), in one pass of the network, in plain torch."""
     return elementwise(x, network_ref(operations, x, contexts), transform, False)
 
 
@@ -135,64 +139,77 @@ def _spread(per_variable: Tensor, transform: Transform) -> Tensor:
     return per_variable.repeat(1, 2)
 
 
-class _Inverse(torch.autograd.Function):
+def _inverse_backward(
+    dx: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    operations: Sequence[Operation],
+    transform: Transform,
+    contexts: Sequence[Tensor],
+    degrees: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of z, the contexts and `tensors_of(operations)`, without the loop."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        leaves = [t.detach().requires_grad_() for t in (*contexts, *tensors_of(operations))]
+        own = with_tensors(operations, leaves[len(contexts) :])
+        params = network_ref(own, at, leaves[: len(contexts)])
+        # Each z_i depends on its own x_i and params alone.
+        alone = x.detach().requires_grad_(), params.detach().requires_grad_()
+        z, logdet = elementwise(*alone, transform, False)
+    slope, of_params = torch.autograd.grad(z, alone, torch.ones_like(z), retain_graph=True)
+    log_slope, log_of_params = torch.autograd.grad(logdet, alone, dlogdet, materialize_grads=True)
+    v, dparams = torch.zeros_like(x), log_of_params
+    for _ in range(degrees):
+        # Each product makes v right for one more degree, from the last to the first.
+        (products,) = torch.autograd.grad(
+            params, at, dparams, retain_graph=True, materialize_grads=True
+        )
+        last, v = v, (dx - log_slope - products) / slope
+        dparams = log_of_params + of_params * _spread(v, transform)
+        if torch.equal(v, last):
+            break
+    return v, *torch.autograd.grad(params, leaves, -dparams, allow_unused=True)
+
+
+class _Map(torch.autograd.Function):
+    """The map or its inverse as one node."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        inverse: "MaskedInverse",
+        own: "MaskedAutoregression",
         operations: Sequence[Operation],
         transform: Transform,
         contexts: int,
-        z: Tensor,
+        inverse: bool,
+        given: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x, logdet = inverse.run(z, operations, transform, tensors[:contexts])
-        ctx.how = operations, transform, contexts, inverse.degrees.count
-        ctx.save_for_backward(x, *tensors)
-        return x, logdet
+        result, logdet = own.run(given, operations, transform, tensors[:contexts], inverse)
+        ctx.how = own.state(), operations, transform, contexts, inverse
+        ctx.save_for_backward(given, result if inverse else given, *tensors)
+        return result, logdet
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("masked_autoregressive_inverse")
-        operations, transform, count, degrees = ctx.how
-        x, *tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[5:]
-        with torch.enable_grad():
-            at, *leaves = (t.detach() for t in (x, *tensors))
-            at.requires_grad_()
-            for leaf, wanted in zip(leaves, needed, strict=True):
-                leaf.requires_grad_(wanted)
-            own = with_tensors(operations, leaves[count:])
-            params = network_ref(own, at, leaves[:count])
-            x_alone, params_alone = x.detach().requires_grad_(), params.detach().requires_grad_()
-            z, logdet = elementwise(x_alone, params_alone, transform, False)
-        alone = x_alone, params_alone
-        # Each z_i depends on its own x_i and params alone.
-        slope, of_params = torch.autograd.grad(z, alone, torch.ones_like(z), retain_graph=True)
-        log_slope, log_of_params = torch.autograd.grad(logdet, alone, dlogdet)
-        rest = dx - log_slope
-        v, dparams = torch.zeros_like(x), log_of_params
-        for _ in range(degrees if params.requires_grad else 1):
-            # Each product makes v right for one more degree, from the last to the first.
-            (products,) = torch.autograd.grad(
-                params, at, dparams, retain_graph=True, allow_unused=True
-            )
-            last = v
-            v = (rest if products is None else rest - products) / slope
-            dparams = log_of_params + of_params * _spread(v, transform)
-            if torch.equal(v, last):
-                break
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(
-            torch.autograd.grad(params, wanted, -dparams, allow_unused=True) if wanted else ()
-        )
-        grads = (next(found) if leaf.requires_grad else None for leaf in leaves)
-        return (None, None, None, None, v, *grads)
+    def backward(ctx: Any, dresult: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("masked_autoregressive")
+        (degrees, network, numbers), operations, transform, count, inverse = ctx.how
+        given, x, *tensors = ctx.saved_tensors
+        contexts = tensors[:count]
+        if network is None:
+            own = with_tensors(operations, tensors[count:])
+            found = _inverse_backward(dresult, dlogdet, x, own, transform, contexts, degrees.count)
+            return *(None for _ in range(5)), *found
+        how = network.plan, numbers, contexts, transform.args, inverse
+        dgiven, dnumbers, dcontexts = cpu.masked_map_backward(dresult, dlogdet, given, x, *how)
+        of_tensors = network.gradients(tensors[count:], dnumbers)
+        return *(None for _ in range(5)), dgiven, *dcontexts, *of_tensors
 
 
-class MaskedInverse:
-    """The inverse of `masked_autoregressive`. It keeps what the masks determine, and without
-    gradients also the sorted weights, until one of these tensors changes.
+class MaskedAutoregression:
+    """A masked autoregressive map and its inverse. It keeps what the masks determine, and the
+    sorted weights, until one of these tensors changes.
 
     One object serves one network: the operations of a call may have other tensors than those of the
     last one, but are otherwise the same.
@@ -227,28 +244,54 @@ class MaskedInverse:
         self._sorted, self._weights = None, _Kept()
         self._masks.keep(masks, None)
 
+    def state(self) -> tuple[Degrees, SortedNetwork | None, Tensor | None]:
+        """What the last `run` used; without the loop, the last two are None."""
+        return self.degrees, self._sorted, self._weights.value
+
     def run(
         self,
-        z: Tensor,
+        given: Tensor,
         operations: Sequence[Operation],
         transform: Transform,
         contexts: Sequence[Tensor],
+        inverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        """x and logdet, without autograd."""
-        if not cpu.serves(z):
-            variables = self.degrees.variables.to(z.device)
-            how = operations, transform, contexts, variables
-            return masked_autoregressive_inverse_ref(z, *how)
+        """The result and its logdet, without autograd."""
+        if not cpu.serves(given):
+            self._sorted, self._weights = None, _Kept()
+            how = operations, transform, contexts
+            if not inverse:
+                return masked_autoregressive_ref(given, *how)
+            variables = self.degrees.variables.to(given.device)
+            return masked_autoregressive_inverse_ref(given, *how, variables)
         if self._sorted is None:
-            owner = owners(transform, z.shape[1])
+            owner = owners(transform, given.shape[1])
             self._sorted = SortedNetwork(operations, self.degrees, owner)
         tensors = tensors_of(operations)
         if not self._weights.are(tensors):
-            self._weights.keep(tensors, self._sorted.numbers(operations, z))
+            self._weights.keep(tensors, self._sorted.numbers(tensors, given))
         plan, numbers = self._sorted.plan, self._weights.value
-        return cpu.masked_inverse(z, plan, numbers, contexts, transform.args)
+        return cpu.masked_map(given, plan, numbers, contexts, transform.args, inverse)
 
-    def __call__(
+    def forward(
+        self,
+        x: Tensor,
+        operations: Sequence[Operation],
+        transform: Transform,
+        contexts: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return z (N, D) and the logdet (N,) for x (N, D).
+
+        Raises:
+            ValueError: the masks are not triangular in any order of the variables.
+        """
+        wide = any(len(o.weight) > WIDEST for o in operations[:-1] if isinstance(o, Linear))
+        if self._is_traced(x) or wide or not cpu.serves(x):
+            return masked_autoregressive_ref(x, operations, transform, contexts)
+        self._read_masks(operations, transform, x.shape[1])
+        return self._apply(x, operations, transform, contexts, False)
+
+    def inverse(
         self,
         z: Tensor,
         operations: Sequence[Operation],
@@ -261,14 +304,30 @@ class MaskedInverse:
             ValueError: the masks are not triangular in any order of the variables.
         """
         self._read_masks(operations, transform, z.shape[1])
-        if torch.compiler.is_compiling() or transformed() or autocasts(z.device):
+        if self._is_traced(z):
             variables = self.degrees.variables.to(z.device)
             return masked_autoregressive_inverse_ref(z, operations, transform, contexts, variables)
+        return self._apply(z, operations, transform, contexts, True)
+
+    @staticmethod
+    def _is_traced(x: Tensor) -> bool:
+        """Whether a compiler or transform must see torch's operators, or autocast must cast."""
+        return torch.compiler.is_compiling() or transformed() or autocasts(x.device)
+
+    def _apply(
+        self,
+        given: Tensor,
+        operations: Sequence[Operation],
+        transform: Transform,
+        contexts: Sequence[Tensor],
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
         tensors = *contexts, *tensors_of(operations)
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, *tensors)):
-            return self.run(z, operations, transform, contexts)
-        x, logdet = _Inverse.apply(self, operations, transform, len(contexts), z, *tensors)
-        return x, logdet
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (given, *tensors)):
+            return self.run(given, operations, transform, contexts, inverse)
+        how = self, operations, transform, len(contexts), inverse
+        result, logdet = _Map.apply(*how, given, *tensors)
+        return result, logdet
 
 
 class _Kept:

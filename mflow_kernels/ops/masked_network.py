@@ -176,9 +176,13 @@ def network_ref(
 
 def tensors_of(operations: Sequence[Operation]) -> list[Tensor]:
     """The tensors that have gradients."""
-    names = ("weight", "bias")
-    found = (getattr(o, name, None) for o in operations for name in names)
-    return [t for t in found if t is not None]
+    found = []
+    for o in operations:
+        if isinstance(o, (Linear, Affine)):
+            found.append(o.weight)
+            if o.bias is not None:
+                found.append(o.bias)
+    return found
 
 
 def with_tensors(operations: Sequence[Operation], tensors: Sequence[Tensor]) -> list[Operation]:

@@ -70,12 +70,13 @@ class SortedNetwork:
         head = [features, count, len(operations)]
         lists: list[Tensor] = []
         entries: list[int | Tensor] = [variables.order, variables.starts]
-        # The gather reads all tensors, then the constants, then 0 and 1.
-        sizes = [t.numel() for t in tensors_of(operations)]
+        # The gather reads all tensors, then the constants, then 0.
+        self._sizes = sizes = [t.numel() for t in tensors_of(operations)]
         self._constants = [o.constant for o in operations if isinstance(o, Activation)]
-        self._constants += [0.0, 1.0]
+        self._constants.append(0.0)
+        self._last = torch.tensor(self._constants)
         total = sum(sizes) + len(self._constants)
-        zero = total - 2
+        zero = total - 1
         constant = sum(sizes)
         first = 0
         gathered: list[Tensor] = []
@@ -131,11 +132,24 @@ class SortedNetwork:
             else:
                 numbers.append(entry)
         self.plan = torch.cat([torch.tensor(numbers), *lists])
+        # Masked elements become no number. Their gradient is that of the last number, an unused 0.
+        gathered.append(torch.tensor([zero]))
         self._gathered = torch.cat(gathered)
+        places = torch.full((total,), length)
+        places[self._gathered[:-1]] = torch.arange(length)
+        self._places = places[: sum(sizes)]
 
-    def numbers(self, operations: Sequence[Operation], like: Tensor) -> Tensor:
-        """The numbers of the plan, in the dtype and on the device of `like`."""
-        tensors = [t.detach().reshape(-1) for t in tensors_of(operations)]
-        constants = like.new_tensor(self._constants)
-        self._gathered = self._gathered.to(like.device)
-        return torch.cat([*tensors, constants])[self._gathered]
+    def numbers(self, tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The numbers of the plan, in the dtype and on the device of `like`, from the tensors of
+        the operations (`tensors_of`)."""
+        if self._last.dtype != like.dtype or self._last.device != like.device:
+            self._last = like.new_tensor(self._constants)
+            self._gathered = self._gathered.to(like.device)
+        flat = [t.detach().reshape(-1) for t in tensors]
+        return torch.cat([*flat, self._last])[self._gathered]
+
+    def gradients(self, tensors: Sequence[Tensor], dnumbers: Tensor) -> list[Tensor]:
+        """The gradients of these tensors from that of the numbers."""
+        self._places = self._places.to(dnumbers.device)
+        parts = dnumbers[self._places].split(self._sizes)
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
