@@ -174,12 +174,20 @@ struct Sin {
     static MFLOW_INLINE A of(A x, A) {
         return std::sin(x);
     }
+    template <class A>
+    static MFLOW_INLINE A slope(A x, A) {
+        return std::cos(x);
+    }
 };
 struct Cos {
     static constexpr const char* name = "cos";
     template <class A>
     static MFLOW_INLINE A of(A x, A) {
         return std::cos(x);
+    }
+    template <class A>
+    static MFLOW_INLINE A slope(A x, A) {
+        return -std::sin(x);
     }
 };
 struct Wrap {
@@ -188,6 +196,10 @@ struct Wrap {
     static MFLOW_INLINE A of(A x, A bound) {
         const A rest = std::fmod(x, A(2) * bound);
         return (rest < A(0) ? rest + A(2) * bound : rest) - bound;
+    }
+    template <class A>
+    static MFLOW_INLINE A slope(A, A) {
+        return A(1);
     }
 };
 

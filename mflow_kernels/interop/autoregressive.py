@@ -11,13 +11,8 @@ from mflow_kernels.interop.linear import constant
 from mflow_kernels.interop.masked_networks import Made, MadeKinds, Network, Operations, Planar
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import spline_of
-from mflow_kernels.ops.masked_autoregressive import (
-    MaskedInverse,
-    Transform,
-    elementwise,
-    masked_autoregressive,
-)
-from mflow_kernels.ops.masked_network import Affine, Pick
+from mflow_kernels.ops.masked_autoregressive import MaskedAutoregression, Transform, elementwise
+from mflow_kernels.ops.masked_network import Affine, Pick, network_ref
 from mflow_kernels.ops.scale import ScaleFunction
 
 
@@ -49,14 +44,17 @@ class Autoregressive(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.transform, self.coordinates = net, transform, coordinates
-        self.in_one_pass = MaskedInverse()
+        self.run = MaskedAutoregression()
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         net, at = self.net, self.coordinates
-        if at is None and net.is_listed():
-            operations = net.operations(x, *context)
-            return masked_autoregressive(x, operations, self.transform, net.contexts(*context))
-        params = net(x, *context)
+        if not net.is_listed():
+            params = net(x, *context)
+        else:
+            operations, contexts = net.operations(x, *context), net.contexts(*context)
+            if at is None:
+                return self.run.forward(x, operations, self.transform, contexts)
+            params = network_ref(operations, x, contexts)
         if at is None:
             return elementwise(x, params, self.transform, False)
         z, logdet = elementwise(at.enter(x, False), params, self.transform, False)
@@ -69,7 +67,8 @@ class Autoregressive(nn.Module):
         if net.is_listed():
             start = None if at is None else at.start
             operations = net.operations(z, *context, start=start)
-            x, logdet = self.in_one_pass(z, operations, self.transform, net.contexts(*context))
+            contexts = net.contexts(*context)
+            x, logdet = self.run.inverse(z, operations, self.transform, contexts)
             return x if at is None else at.leave(x, False), logdet
         x, logdet = torch.zeros_like(z), z.new_zeros(len(z))
         for _ in range(z.shape[1]):
