@@ -116,10 +116,13 @@ class Network(nn.Module):
             m for m in net.modules() if isinstance(m, (nn.Dropout, nn.BatchNorm1d))
         ]
         self.why = "its network has hooks" if has_hooks(*net.modules()) else ""
+        if not self.is_known():
+            self.why = f"its network is a {type(net).__name__} of another kind"
         try:
-            self.read(Operations(), 0)
+            if not self.why:
+                self.read(Operations(), 0)
         except Unknown as unknown:
-            self.why = self.why or str(unknown)
+            self.why = str(unknown)
 
     def is_listed(self) -> bool:
         """Whether `operations` computes the network now: not if it drops units, or normalizes the
@@ -149,6 +152,10 @@ class Network(nn.Module):
         if self.finish is not None:
             self.finish(made, x)
         return made
+
+    def is_known(self) -> bool:
+        """Whether the network and its parts have the library's classes."""
+        raise NotImplementedError
 
     def call(self, x: Tensor, *context: Tensor) -> Tensor:
         raise NotImplementedError
@@ -197,17 +204,19 @@ class Made(Network):
         self.kinds = kinds
         super().__init__(net, finish)
 
+    def is_known(self) -> bool:
+        net: Any = self.net
+        kinds = self.kinds
+        masked = [m for m in net.modules() if isinstance(m, kinds.linear)]
+        exact = type(net) is kinds.network and all(type(m) is kinds.linear for m in masked)
+        return exact and all(type(block) in kinds[2:] for block in net.blocks)
+
     def call(self, x: Tensor, *context: Tensor) -> Tensor:
         params: Tensor = self.net(x, context[0] if context else None)
         return params
 
     def read(self, made: Operations, contexts: int) -> None:
         net: Any = self.net
-        kinds = self.kinds
-        masked = [m for m in net.modules() if isinstance(m, kinds.linear)]
-        exact = type(net) is kinds.network and all(type(m) is kinds.linear for m in masked)
-        if not exact or not all(type(block) in kinds[2:] for block in net.blocks):
-            raise Unknown(f"its network is a {type(net).__name__} of another kind")
         of_nflows = hasattr(net, "use_residual_blocks")
         preprocessing = getattr(net, "preprocessing", None)
         if hasattr(preprocessing, "inv_perm"):
@@ -218,7 +227,7 @@ class Made(Network):
         if of_nflows and not net.use_residual_blocks:
             made.activate(net.activation)
         for i, block in enumerate(net.blocks):
-            if type(block) is kinds.feedforward:
+            if type(block) is self.kinds.feedforward:
                 if block.batch_norm is not None:
                     made.batch_norm(block.batch_norm)
                 made.linear(block.linear)

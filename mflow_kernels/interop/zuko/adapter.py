@@ -27,7 +27,7 @@ from mflow_kernels.interop.adapter import Adapter, PartsOf
 from mflow_kernels.interop.autoregressive import Autoregressive
 from mflow_kernels.interop.fingerprints import source_fingerprint
 from mflow_kernels.interop.linear import constant
-from mflow_kernels.interop.masked_networks import Extra, Network, Operations, Planar, Unknown
+from mflow_kernels.interop.masked_networks import Extra, Network, Operations, Planar
 from mflow_kernels.interop.orders import inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import SplineMap
@@ -60,12 +60,13 @@ class MaskedMLP(Network):
         self.features = features
         super().__init__(net, finish)
 
+    def is_known(self) -> bool:
+        return type(self.net) is zuko.nn.MaskedMLP
+
     def call(self, x: Tensor, *context: Tensor) -> Tensor:
         return self.net(torch.cat((x, *context), dim=1))
 
     def read(self, made: Operations, contexts: int) -> None:
-        if type(self.net) is not zuko.nn.MaskedMLP:
-            raise Unknown(f"its network is a {type(self.net).__name__} of another kind")
         net: Any = self.net
         layers: list[Any] = list(net)
         for layer in layers:
