@@ -69,7 +69,13 @@ def _activation(function: Any) -> tuple[ActivationKind, float]:
 
 
 class Operations(list[Operation]):
-    """Operations that read one another; each reads the last value unless `source` names one."""
+    """Operations that read one another; each reads the last value unless `source` names one.
+
+    Attributes:
+        only_reads: whether their tensors are those of modules, and none is computed from them.
+    """
+
+    only_reads = True
 
     def put(self, kind: type[Any], *fields: Any, source: int | None = None) -> int:
         """Append an operation; return the index of its value."""
@@ -85,12 +91,14 @@ class Operations(list[Operation]):
     def batch_norm(self, layer: Any) -> None:
         if layer.running_var is None:
             raise Unknown("its batch norm has no running statistics")
+        self.only_reads = False
         scale = (layer.running_var + layer.eps).rsqrt()
         weight = scale if layer.weight is None else scale * layer.weight
         bias = -layer.running_mean * weight
         self.put(Affine, weight, bias if layer.bias is None else bias + layer.bias)
 
     def scale(self, weight: Tensor, source: int | None = None) -> int:
+        self.only_reads = False
         return self.put(Affine, weight, torch.zeros_like(weight), source=source)
 
 
@@ -112,6 +120,8 @@ class Network(nn.Module):
     def __init__(self, net: nn.Module, finish: Extra | None = None) -> None:
         super().__init__()
         self.net, self.finish = net, finish
+        self._kept: dict[Any, Operations] = {}
+        self._tensors: list[tuple[dict[str, Any], str, Any]] = []
         self._random: list[Any] = [
             m for m in net.modules() if isinstance(m, (nn.Dropout, nn.BatchNorm1d))
         ]
@@ -123,6 +133,9 @@ class Network(nn.Module):
                 self.read(Operations(), 0)
         except Unknown as unknown:
             self.why = str(unknown)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_tensors": []}
 
     def is_listed(self) -> bool:
         """Whether `operations` computes the network now: not if it drops units, or normalizes the
@@ -145,6 +158,18 @@ class Network(nn.Module):
         Args:
             start: operations that make the network's input from the value 0.
         """
+        key = len(context), start is None, x.device, x.dtype
+        kept = not torch.compiler.is_compiling()
+        if kept and key in self._kept and all(d[name] is t for d, name, t in self._tensors):
+            return self._kept[key]
+        made = self._made(x, *context, start=start)
+        if kept and made.only_reads:
+            found = [d for m in self.net.modules() for d in (m._parameters, m._buffers)]
+            self._tensors = [(d, name, t) for d in found for name, t in d.items()]
+            self._kept = {key: made}
+        return made
+
+    def _made(self, x: Tensor, *context: Tensor, start: Extra | None) -> Operations:
         made = Operations()
         if start is not None:
             start(made, x)

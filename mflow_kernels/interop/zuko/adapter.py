@@ -72,6 +72,7 @@ class MaskedMLP(Network):
         for layer in layers:
             if layer is layers[0] and contexts:
                 weight, mask = (t[:, : self.features] for t in (layer.weight, layer.mask))
+                made.only_reads = False
                 made.put(Linear, weight, mask, layer.bias)
                 made.put(AddContext, 0)
             elif type(layer) is zuko.nn.Residual:
