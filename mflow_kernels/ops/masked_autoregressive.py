@@ -30,7 +30,8 @@ from torch import Tensor
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.coupling import couple_ref
-from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.masked_autoregressive_kernels import launch_inverse
 from mflow_kernels.ops.masked_network import (
     Degrees,
     Linear,
@@ -40,7 +41,7 @@ from mflow_kernels.ops.masked_network import (
     tensors_of,
     with_tensors,
 )
-from mflow_kernels.ops.precision import autocasts
+from mflow_kernels.ops.precision import accumulator, autocasts
 from mflow_kernels.ops.rational_quadratic import apply_spline
 from mflow_kernels.ops.registration import eager_function, refuse_second_derivative
 from mflow_kernels.ops.scale import ScaleFunction
@@ -197,7 +198,7 @@ class _Map(torch.autograd.Function):
         (degrees, network, numbers), operations, transform, count, inverse = ctx.how
         given, x, *tensors = ctx.saved_tensors
         contexts = tensors[:count]
-        if network is None:
+        if not cpu.serves(given):
             own = with_tensors(operations, tensors[count:])
             found = _inverse_backward(dresult, dlogdet, x, own, transform, contexts, degrees.count)
             return *(None for _ in range(5)), *found
@@ -245,7 +246,7 @@ class MaskedAutoregression:
         self._masks.keep(masks, None)
 
     def state(self) -> tuple[Degrees, SortedNetwork | None, Tensor | None]:
-        """What the last `run` used; without the loop, the last two are None."""
+        """What the last `run` read; the last two are None if it sorted nothing."""
         return self.degrees, self._sorted, self._weights.value
 
     def run(
@@ -257,8 +258,8 @@ class MaskedAutoregression:
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         """The result and its logdet, without autograd."""
-        if not cpu.serves(given):
-            self._sorted, self._weights = None, _Kept()
+        kernel = inverse and uses_triton(given)
+        if not kernel and not cpu.serves(given):
             how = operations, transform, contexts
             if not inverse:
                 return masked_autoregressive_ref(given, *how)
@@ -269,8 +270,11 @@ class MaskedAutoregression:
             self._sorted = SortedNetwork(operations, self.degrees, owner)
         tensors = tensors_of(operations)
         if not self._weights.are(tensors):
-            self._weights.keep(tensors, self._sorted.numbers(tensors, given))
+            like = given.new_empty(0, dtype=accumulator(given.dtype))
+            self._weights.keep(tensors, self._sorted.numbers(tensors, like))
         plan, numbers = self._sorted.plan, self._weights.value
+        if kernel:
+            return launch_inverse(given, self._sorted, numbers, contexts, transform)
         return cpu.masked_map(given, plan, numbers, contexts, transform.args, inverse)
 
     def forward(

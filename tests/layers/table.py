@@ -40,12 +40,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spline, vectors": (lambda: SplineCoupling(5, bins=4, width=4, spatial_dims=0), (3, 5)),
     "spline, images": (lambda: SplineCoupling(3, bins=3, width=4), (2, 3, 2, 3)),
     "autoregressive, affine": (
-        lambda: MaskedAutoregressive(5, width=7, order=[2, 0, 4, 1, 3]),
-        (3, 5),
+        lambda: MaskedAutoregressive(4, width=5, depth=1, order=[2, 0, 1, 3]),
+        (3, 4),
     ),
     "autoregressive, spline": (
-        lambda: MaskedAutoregressive(4, "spline", bins=4, width=6, residual=False),
-        (3, 4),
+        lambda: MaskedAutoregressive(3, "spline", bins=3, width=4, depth=1, residual=False),
+        (3, 3),
     ),
     "split": (lambda: Split(5, width=4), (2, 5, 2, 1)),
     "uneven split": (lambda: Split(4, width=4, kept=3), (2, 4, 2, 2)),
