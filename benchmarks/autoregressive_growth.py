@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes.loglog(sizes, times, "o-", label=name)
     axes.set(xlabel="dimensions", ylabel="ms on one thread", title="A masked autoregressive flow")
     axes.set_xticks(sizes, map(str, sizes))
+    axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(given.picture, dpi=150)
     print("\n| | draws, the library's | accelerated | over our forward pass | ", end="")
