@@ -14,7 +14,9 @@
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU loops of couplings, splines, 1x1 convolutions, folding and the masked penalty; CUDA kernels of the latter.";
+    m.doc() = "CPU loops of steps of flow, splines, autoregressive inverses and the masked penalty; "
+              "CUDA kernels of the latter.";
+    mflow::bind_autoregressive(m);
     mflow::bind_coupling(m);
     mflow::bind_conv1x1(m);
     mflow::bind_actnorm(m);

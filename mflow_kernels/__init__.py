@@ -32,6 +32,7 @@ __all__ = [
     "Jet",
     "ManifoldFlow",
     "ManifoldObjective",
+    "MaskedAutoregressive",
     "Permutation",
     "PixelPairs",
     "ReversibleChain",

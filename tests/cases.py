@@ -103,6 +103,7 @@ SCALES = [
     ScaleFunction("tanh", order="scale-shift"),
     ScaleFunction("atan", clamp=1.9),
     ScaleFunction("atan", order="scale-shift"),
+    ScaleFunction("softsign", clamp=6.9, order="scale-shift"),
 ]
 
 

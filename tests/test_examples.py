@@ -40,6 +40,9 @@ EXAMPLES: dict[str, dict[str, Check]] = {
     },
     "hierarchy": {f"stage {i}: # nats at first, # after": falls for i in range(2)},
     "jet": {r"step \d+: # nats": falls, "rule: #%": lambda found: found[0] > 95},
+    "posterior": {
+        "C2ST #": lambda found: len(found) == 2 and all(abs(x - 0.5) < 0.05 for x in found)
+    },
     "manifold_flow": {"loss # nats": falls, "off the manifold by # per pixel": below(0.2)},
 }
 

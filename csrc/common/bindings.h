@@ -13,6 +13,7 @@ namespace mflow {
 }
 
 // Arguments have no names in Python: matching names would take as long as converting the values.
+void bind_autoregressive(pybind11::module_& m);
 void bind_coupling(pybind11::module_& m);
 void bind_conv1x1(pybind11::module_& m);
 void bind_fold(pybind11::module_& m);

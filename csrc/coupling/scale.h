@@ -152,7 +152,17 @@ struct ClampedAtan {
     }
 };
 
+struct Softsign {
+    static constexpr const char* name = "softsign";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A over = A(1) / (A(1) + (raw < A(0) ? -raw : raw) / k.clamp);
+        *log_s = raw * over;
+        *slope = over * over;
+    }
+};
+
 using ScaleFunctions =
-    Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan>;
+    Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan, Softsign>;
 
 }  // namespace mflow

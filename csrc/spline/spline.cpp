@@ -18,7 +18,7 @@ MFLOW_INLINE void forward_tile(const Spline& p, const HalfGrid& g, int64_t index
     const A* x = read<A>(g, t, p.x, b.x);
     locate<A>(p, g, t, k, x, b);
     A* y = room<A>(g, t, p.y, b.y);
-    const A outside = p.options.tails ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    const A outside = p.options.tails != SplineOptions::Tails::none ? A(0) : std::numeric_limits<A>::quiet_NaN();
     p.inverse ? transform<true, A>(t.size(), x, k, outside, b, y)
               : transform<false, A>(t.size(), x, k, outside, b, y);
     copy_identity<A>(p, g, t);

@@ -165,20 +165,21 @@ MFLOW_INLINE void change_slopes(int count, const A* raw, const A* slope, const S
 template <class A>
 MFLOW_INLINE void read_slopes(const Spline& p, const HalfGrid& g, const Tile& t, const SplineConstants<A>& k,
                               SplineBuffers<A>& b) {
-    const int n = t.size(), offset = p.options.tails ? -1 : 0, last = p.options.slopes() - 1;
+    const bool linear = p.options.tails == SplineOptions::Tails::linear;
+    const int n = t.size(), offset = linear ? -1 : 0, last = p.options.slopes() - 1;
     const Part<A> from = part<A>(g, t, numbers_of(p.params, p.options, 2 * p.options.bins, sizeof(A) == 8));
     const int64_t step = p.params.channel;
     for (int r = 0, i = 0; r < t.rows; ++r) {
         for (int c = 0; c < t.width; ++c, ++i) {
             const A* const raw = from.data + r * from.row + c * from.step;
-            const int first = static_cast<int>(b.bin[i]) + offset;
-            b.raw0[i] = raw[step * std::max(first, 0)];
-            b.raw1[i] = raw[step * std::min(first + 1, last)];
+            const int bin = static_cast<int>(b.bin[i]);
+            b.raw0[i] = raw[step * std::max(bin + offset, 0)];
+            b.raw1[i] = raw[step * std::min(p.options.next(bin) + offset, last)];
         }
     }
     slopes_of<A>(n, b.raw0, k, p.options.exponential, b.slope0);
     slopes_of<A>(n, b.raw1, k, p.options.exponential, b.slope1);
-    if (!p.options.tails) return;
+    if (!linear) return;
     const A end = A(p.options.bins - 1);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -334,7 +335,9 @@ template <class A>
 MFLOW_INLINE void write_slopes(const Spline& p, const HalfGrid& g, const Tile& t, const SplineConstants<A>& k,
                                SplineBuffers<A>& b) {
     const int n = t.size();
-    const A offset = p.options.tails ? A(-1) : A(0);
+    const A offset = p.options.tails == SplineOptions::Tails::linear ? A(-1) : A(0);
+    // On a circle, the knot after the last bin is the first one.
+    const A turn = p.options.tails == SplineOptions::Tails::circular ? A(p.options.bins) : A(-1);
     change_slopes<A>(n, b.raw0, b.slope0, k, p.options.exponential, b.dslope0);
     change_slopes<A>(n, b.raw1, b.slope1, k, p.options.exponential, b.dslope1);
     A* const rows = b.widths.exps;  // no longer needed
@@ -344,7 +347,8 @@ MFLOW_INLINE void write_slopes(const Spline& p, const HalfGrid& g, const Tile& t
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
             const A first = b.bin[i] + offset;
-            row[i] = first == index ? b.dslope0[i] : first + A(1) == index ? b.dslope1[i] : A(0);
+            const A next = first + A(1) == turn ? A(0) : first + A(1);
+            row[i] = first == index ? b.dslope0[i] : next == index ? b.dslope1[i] : A(0);
         }
     }
     write_numbers<A>(p, g, t, 2 * p.options.bins, p.options.slopes(), rows);

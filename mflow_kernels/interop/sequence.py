@@ -44,12 +44,15 @@ def _program(
 ) -> Program:
     """The program of these parts, data -> latent, on states of `channels` channels."""
     instructions: list[Instruction] = []
+    # Without a coupling, no launch could be shared with a permutation.
+    alone = not any(isinstance(part, Coupling) for part in parts)
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
     for part in (*parts, None):
         if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
-        instructions += _linear(row, channels, device)
+        permutes = alone and row and all(p.permutes for p in row)
+        instructions += [Permute(row)] if permutes else _linear(row, channels, device)
         row = []
         if isinstance(part, Coupling):
             instructions.append(_couple(part, channels, reversible))

@@ -35,24 +35,6 @@ class SplineMap(nn.Module):
         return apply_spline(x, params, self.spline, self.kept, inverse)
 
 
-class AutoregressiveSplines(SplineMap):
-    """Splines of all channels. The network reads them all, and its output for a channel depends on
-    the channels before it only, in any order."""
-
-    def __init__(self, net: nn.Module, spline: Spline) -> None:
-        super().__init__(net, spline, 0)
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(x, self.net(x, *context), inverse=False)
-
-    def inverse(self, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """Each pass makes one more channel right."""
-        x, logdet = torch.zeros_like(y), y.new_zeros(len(y))
-        for _ in range(y.shape[1]):
-            x, logdet = self._map(y, self.net(x, *context), inverse=True)
-        return x, logdet
-
-
 class SharedSplines(nn.Module):
     """The raw numbers of a library's elementwise splines, which are the same for all samples.
 
@@ -72,15 +54,17 @@ class SharedSplines(nn.Module):
         return raw.expand(x.shape[0], *raw.shape)
 
 
-def _spline(layer: Any, bins: int, net: Any, hidden: tuple[str, ...]) -> Spline | str:
-    """Return a layer's splines. Its raw widths and heights are divided by the root of the first of
-    these attributes that its network has."""
-    tails, bound = layer.tails, (0.0, 1.0) if layer.tails is None else layer.tail_bound
-    if tails not in ("linear", None):
+def spline_of(layer: Any, bins: int, tails: Any, bound: Any, net: Any) -> Spline | str:
+    """Return a layer's splines. Its raw widths and heights are divided by the root of the number of
+    hidden features that its network shows."""
+    if tails is None:
+        bound = (0.0, 1.0)
+    if tails not in ("linear", "circular", None):
         return f"its tails are {tails!r}"
     if isinstance(bound, Tensor):
         return "its splines have a bound for each feature"
-    widths = [getattr(net, name) for name in hidden if hasattr(net, name)]
+    names = "hidden_features", "hidden_channels"
+    widths = [getattr(net, name) for name in names if hasattr(net, name)]
     sizes = layer.min_bin_width, layer.min_bin_height, layer.min_derivative
     try:
         return Spline(bins, bound, tails, *sizes, float(widths[0]) ** 0.5 if widths else 1.0)
@@ -114,7 +98,7 @@ def coupling_parts(layer: Any, elementwise: type[Any]) -> tuple[Part, ...] | str
     """
     net: Any = layer.transform_net
     own: Any = layer.unconditional_transform
-    spline = _spline(layer, layer.num_bins, net, ("hidden_features", "hidden_channels"))
+    spline = spline_of(layer, layer.num_bins, layer.tails, layer.tail_bound, net)
     if isinstance(spline, str):
         return spline
     kept, changed = layer.identity_features.tolist(), layer.transform_features.tolist()
@@ -127,7 +111,8 @@ def coupling_parts(layer: Any, elementwise: type[Any]) -> tuple[Part, ...] | str
     if own is not None:
         if type(own) is not elementwise:
             return f"its unconditional transform is a {type(own).__name__}"
-        of_kept = _spline(own, own.unnormalized_widths.shape[-1], own, ())
+        bins = own.unnormalized_widths.shape[-1]
+        of_kept = spline_of(own, bins, own.tails, own.tail_bound, None)
         if isinstance(of_kept, str):
             return of_kept
         # The features that the network reads come last, behind those that pass through.
@@ -138,12 +123,3 @@ def coupling_parts(layer: Any, elementwise: type[Any]) -> tuple[Part, ...] | str
     sorted_ = tuple(range(len(order)))
     first = [] if order == sorted_ else [Reorder(Listed(order))]
     return (*first, *parts, *([] if last == sorted_ else [Reorder(Listed(inverse_of(last)))]))
-
-
-def autoregressive_parts(layer: Any) -> tuple[Part, ...] | str:
-    """The parts of `MaskedPiecewiseRationalQuadraticAutoregressive(Transform)`, forward."""
-    net = layer.autoregressive_net
-    spline = _spline(layer, layer.num_bins, net, ("hidden_features",))
-    if isinstance(spline, str):
-        return spline
-    return (Elementwise(AutoregressiveSplines(_network(net), spline), "autoregressive spline"),)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mflow_kernels.interop.adapter import Adapter, Piece
+from mflow_kernels.interop.autoregressive import Autoregressive
 from mflow_kernels.interop.costs import why_slower
 from mflow_kernels.interop.fingerprints import original_of, why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
@@ -19,7 +20,6 @@ from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
 from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import FusedSequence
-from mflow_kernels.interop.splines import AutoregressiveSplines
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
 from mflow_kernels.layers.networks import has_hooks
 from mflow_kernels.ops.spline import Spline
@@ -209,7 +209,7 @@ def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
     """Return the modules of a layer that are no longer called: all but its networks."""
     networks = {id(m) for p in parts if isinstance(p, Coupling) for m in p.net.modules()}
     for part in parts:
-        if isinstance(part, Elementwise) and isinstance(part.layer, AutoregressiveSplines):
+        if isinstance(part, Elementwise) and isinstance(part.layer, Autoregressive):
             networks |= {id(m) for m in part.layer.net.modules()}
     return [m for m in layer.modules() if id(m) not in networks]
 

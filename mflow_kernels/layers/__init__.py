@@ -1,6 +1,7 @@
 """Invertible layers over the operators: `z, logdet = layer(x)`, `x, logdet = layer.inverse(z)`."""
 
 from mflow_kernels.layers.actnorm import ActNorm
+from mflow_kernels.layers.autoregressive import MaskedAutoregressive
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
@@ -19,6 +20,7 @@ __all__ = [
     "Flow",
     "FlowStep",
     "InvertibleConv1x1",
+    "MaskedAutoregressive",
     "Permutation",
     "PixelPairs",
     "ReversibleChain",

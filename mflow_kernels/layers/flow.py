@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.layers.autoregressive import MaskedAutoregressive
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import Coupling
 from mflow_kernels.layers.distribution import FlowDistribution
@@ -190,7 +191,9 @@ def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
 
 
 def _first_network(flow: nn.Module) -> nn.Module | None:
-    return next((m.net for m in flow.modules() if isinstance(m, Coupling)), None)
+    return next(
+        (m.net for m in flow.modules() if isinstance(m, (Coupling, MaskedAutoregressive))), None
+    )
 
 
 def _one_hot(own: Tensor, x: Tensor, classes: int) -> Tensor:

@@ -20,6 +20,7 @@ from mflow_kernels.layers import (
     AffineCoupling,
     FlowStep,
     InvertibleConv1x1,
+    MaskedAutoregressive,
     Permutation,
     PixelPairs,
     ReversibleChain,
@@ -99,6 +100,19 @@ _STORED = {name: f"chain.{name}" for name in ("reversible", "checkpoint_every")}
 _FLOW: dict[str, Any] = {"context_channels": _context_channels, **_STORED}
 
 
+def _spline(bound: float | list[float], **options: Any) -> Spline:
+    return Spline(bound=tuple(bound) if isinstance(bound, list) else bound, **options)  # type: ignore[arg-type]
+
+
+def _masked_autoregressive(
+    features: int, transform: ScaleFunction | Spline, **options: Any
+) -> MaskedAutoregressive:
+    if isinstance(transform, Spline):
+        fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(Spline)}
+        return MaskedAutoregressive(features, "spline", **fields, **options)
+    return MaskedAutoregressive(features, scale=transform, **options)
+
+
 def _spline_coupling(
     channels: int, net: Any, bound: float | list[float], **options: Any
 ) -> SplineCoupling:
@@ -117,7 +131,7 @@ KINDS = {
         _kind(Glow, "levels steps width coupling bins scale", image_shape="input_shape", **_FLOW),
         _kind(
             VectorFlow,
-            "steps width coupling bins scale",
+            "steps width coupling bins scale autoregressive",
             dim=lambda flow: flow.input_shape[0],
             **_FLOW,
         ),
@@ -140,6 +154,15 @@ KINDS = {
             "channels net",
             _spline_coupling,
             **{field.name: f"spline.{field.name}" for field in dataclasses.fields(Spline)},
+        ),
+        _kind(
+            MaskedAutoregressive,
+            "transform",
+            _masked_autoregressive,
+            features="channels",
+            order="order",
+            **{name: f"net.{name}" for name in ("width", "depth", "residual", "activation")},
+            context_channels="net.context_channels",
         ),
         _kind(
             FlowStep,
@@ -173,11 +196,13 @@ KINDS = {
         _kind(WeightSchedule, "start end steps"),
         _kind(ErrorBound, "error start"),
         _kind(ScaleFunction, "kind offset eps clamp order"),
+        _kind(Spline, " ".join(field.name for field in dataclasses.fields(Spline)), _spline),
     )
 }
 # Arguments that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, dict[str, Any]] = {
     "ManifoldFlow": {"prior": None},
+    "VectorFlow": {"autoregressive": False},
     "ReversibleChain": {"masked": False},
     "InvertibleConv1x1": {"n_split": None},
 }

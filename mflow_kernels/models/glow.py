@@ -6,7 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
+from mflow_kernels.layers import (
+    Bijection,
+    FlowStep,
+    MaskedAutoregressive,
+    ReversibleChain,
+    Split,
+    Squeeze,
+)
 from mflow_kernels.layers.flow import Context, Flow, given
 from mflow_kernels.layers.step import CouplingKind
 from mflow_kernels.models.images import warn_of_raw_images
@@ -209,13 +216,17 @@ class VectorFlow(ChainFlow):
         coupling: "affine" or "spline", the couplings of the steps, as for `FlowStep`.
         bins: number of bins of each spline.
         scale: scale function of the affine couplings, as for `AffineCoupling`.
+        autoregressive: whether a step is a `MaskedAutoregressive` layer with this width, and with
+            `coupling` as its transform, instead of a `FlowStep`. Every other step has the opposite
+            order of variables.
         context_channels, network: as for `Glow`, but a context cannot be a map.
         reversible, checkpoint_every: as for `ReversibleChain`, but activations are stored by
             default. They are small, and a step is faster than one that rebuilds them.
 
     Raises:
         TypeError: a number is not an integer, or `network` returns no module.
-        ValueError: a number is too small, or context_channels and network are both given.
+        ValueError: a number is too small, or network is given with context_channels or
+            autoregressive.
     """
 
     def __init__(
@@ -227,6 +238,7 @@ class VectorFlow(ChainFlow):
         coupling: CouplingKind = "affine",
         bins: int = 8,
         scale: ScaleFunction | Kind = "tanh",
+        autoregressive: bool = False,
         context_channels: int = 0,
         network: NetworkFactory | None = None,
         reversible: bool = False,
@@ -239,7 +251,18 @@ class VectorFlow(ChainFlow):
         self.steps, self.width = steps, width
         self.coupling, self.bins, self.scale = coupling, bins, ScaleFunction.of(scale)
         self.context_channels = _own_context_channels(context_channels, network)
-        layers = [self._step(dim, network, 0) for _ in range(steps)]
+        self.autoregressive = bool(autoregressive)
+        if autoregressive and network is not None:
+            raise ValueError("network: expected None with autoregressive, which has its own")
+        layers: list[Bijection] = []
+        for step in range(steps):
+            if not autoregressive:
+                layers.append(self._step(dim, network, 0))
+                continue
+            order = range(dim) if step % 2 == 0 else range(dim - 1, -1, -1)
+            how: dict[str, Any] = {"scale": self.scale, "bins": bins, "order": order}
+            how |= {"width": width, "context_channels": context_channels}
+            layers.append(MaskedAutoregressive(dim, coupling, **how))
         self._join(layers, reversible, checkpoint_every)
 
 

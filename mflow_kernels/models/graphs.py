@@ -19,7 +19,7 @@ from mflow_kernels.ops.checks import check_device
 from mflow_kernels.ops.launch import cusolver
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.graph import nodes_behind
-from mflow_kernels.reversible.modes import autocast_state, random_state, random_state_of
+from mflow_kernels.reversible.modes import autocast_state
 
 LossFn = TypeVar("LossFn", bound=Callable[..., Any])
 
@@ -213,7 +213,7 @@ class _Graphed:
         before = [buffer.clone() for buffer in buffers]
         try:
             with (
-                random_state_of(random_state(device)),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
                 torch.cuda.device_of(next(self._model.parameters())),
             ):
                 return _Passes(self._model, self._loss_fn, batch, chains)

@@ -5,6 +5,7 @@ from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse
 from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_inverse_conv1x1
 from mflow_kernels.ops.logdet import accumulate_logdet
+from mflow_kernels.ops.masked_autoregressive import MaskedAutoregression
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
 from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
 from mflow_kernels.ops.rational_quadratic import rational_quadratic, rational_quadratic_inverse
@@ -13,6 +14,7 @@ from mflow_kernels.ops.spline import Spline
 from mflow_kernels.ops.spline_coupling import spline_coupling, spline_coupling_inverse
 
 __all__ = [
+    "MaskedAutoregression",
     "ScaleFunction",
     "Spline",
     "accumulate_logdet",

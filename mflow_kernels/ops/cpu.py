@@ -153,6 +153,53 @@ def change_half_backward(
     return dx, dparams.to(params.dtype)
 
 
+def masked_map(
+    given: Tensor,
+    plan: Tensor,
+    numbers: Tensor,
+    contexts: Sequence[Tensor],
+    options: tuple[object, ...],
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute `masked_autoregressive_ref`, or the inverse: the result and its logdet (N,).
+
+    Args:
+        plan, numbers: those of a `SortedNetwork`.
+        options: `ScaleFunction.args` or `Spline.args`.
+    """
+    result, logdet = torch.empty_like(given), given.new_empty(len(given))
+    how = plan, numbers, tuple(contexts), options, isinstance(options[-1], list), inverse
+    _run("masked_map", given, result, logdet, *how)
+    return result, logdet
+
+
+def masked_map_backward(
+    dresult: Tensor,
+    dlogdet: Tensor,
+    given: Tensor,
+    x: Tensor,
+    plan: Tensor,
+    numbers: Tensor,
+    contexts: Sequence[Tensor],
+    options: tuple[object, ...],
+    inverse: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Compute the gradients of `masked_map`: those of `given`, the numbers and the contexts.
+
+    Args:
+        x: the map's x, which is `given` or, of an inverse, its result.
+    """
+    dgiven = torch.empty_like(given)
+    dcontexts = [torch.zeros_like(c, dtype=given.dtype) for c in contexts]
+    # The samples of a chunk are summed into one row. Its size depends on the shape alone.
+    chunks = max(1, min(16, len(given) // 512))
+    dnumbers = given.new_zeros(chunks, len(numbers))
+    how = plan, numbers, tuple(contexts), options, isinstance(options[-1], list), inverse
+    results = dgiven, dnumbers, tuple(dcontexts)
+    _run("masked_map_backward", given, x, dresult, dlogdet, *results, *how)
+    return dgiven, dnumbers[0] if chunks == 1 else dnumbers.sum(0), dcontexts
+
+
 def rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,

@@ -72,7 +72,7 @@ def _empty(
     x: Tensor,
     params: Tensor,
     bins: int,
-    tails: bool,
+    tails: str,
     kind: str,
     numbers: list[float],
     identity: int,
@@ -104,7 +104,7 @@ def spline_forward(
     x: Tensor,
     params: Tensor,
     bins: int,
-    tails: bool,
+    tails: str,
     kind: str,
     numbers: list[float],
     identity: int,
@@ -131,7 +131,7 @@ def spline_backward(
     x: Tensor,
     params: Tensor,
     bins: int,
-    tails: bool,
+    tails: str,
     kind: str,
     numbers: list[float],
     identity: int,
@@ -205,9 +205,9 @@ def rational_quadratic(
     Args:
         x: state (N, C, *spatial); float32, float64, float16 or bfloat16; contiguous, channels_last
             and views of halves are read in place.
-        params: (N, C * numbers, *spatial), with numbers = 3 * bins - 1 for linear tails and
-            3 * bins + 1 for a bounded interval: for each channel its raw widths, heights and
-            slopes. Any of these dtypes; float64 only if x is float64.
+        params: (N, C * numbers, *spatial), with numbers = 3 * bins - 1 for linear tails, 3 * bins
+            for circular ones, and 3 * bins + 1 for a bounded interval: for each channel its raw
+            widths, heights and slopes. Any of these dtypes; float64 only if x is float64.
         bins, bound, options: the fields of `Spline`.
 
     Returns:

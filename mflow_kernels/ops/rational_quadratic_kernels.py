@@ -32,6 +32,15 @@ def load_numbers(params, n, c, p, is_b, first, SPLINE: tl.constexpr, NUMBERS: tl
 
 
 @triton.jit
+def next_knot(bin, SPLINE: tl.constexpr):
+    """The knot after a bin. On a circle, the first one comes after the last bin."""
+    if SPLINE.tails == "circular":
+        return tl.where(bin == SPLINE.bins - 1, 0, bin + 1)
+    else:
+        return bin + 1
+
+
+@triton.jit
 def place(x, raw, j, SPLINE: tl.constexpr, INVERSE: tl.constexpr):
     """The bins of a tile's elements and the places in them.
 
@@ -72,19 +81,32 @@ def place(x, raw, j, SPLINE: tl.constexpr, INVERSE: tl.constexpr):
     w = _pick(w_all, bin, j)
     h = _pick(h_all, K + bin, j)
 
-    FIRST: tl.constexpr = 2 * K - 1 if SPLINE.tails is not None else 2 * K
+    FIRST: tl.constexpr = 2 * K - 1 if SPLINE.tails == "linear" else 2 * K
     raw0 = _pick(raw, FIRST + bin, j)
-    raw1 = _pick(raw, FIRST + bin + 1, j)
+    raw1 = _pick(raw, FIRST + next_knot(bin, SPLINE), j)
+    d0, d1 = slopes(raw0, raw1, bin, SPLINE)
+    t, s, q, below, slant = in_bin(position, x0, y0, w, h, d0, d1, INVERSE)
+    return share, bin, raw0, raw1, (inside, x0, y0, w, h, d0, d1, t, s, q, below, slant)
+
+
+@triton.jit
+def slopes(raw0, raw1, bin, SPLINE: tl.constexpr):
+    """The slopes at both ends of each element's bin, from their raw numbers."""
     if SPLINE.kind == "exp":
         d0 = tl.exp(raw0 / (1 + tl.abs(raw0) * (1.0 / SPLINE.limit)))
         d1 = tl.exp(raw1 / (1 + tl.abs(raw1) * (1.0 / SPLINE.limit)))
     else:
         d0 = SPLINE.min_slope + _softplus(raw0)
         d1 = SPLINE.min_slope + _softplus(raw1)
-    if SPLINE.tails is not None:
+    if SPLINE.tails == "linear":
         d0 = tl.where(bin == 0, 1.0, d0)
-        d1 = tl.where(bin == K - 1, 1.0, d1)
+        d1 = tl.where(bin == SPLINE.bins - 1, 1.0, d1)
+    return d0, d1
 
+
+@triton.jit
+def in_bin(position, x0, y0, w, h, d0, d1, INVERSE: tl.constexpr):
+    """t, s, q, below and slant of each element, from its position and its bin."""
     delta = h / w
     if INVERSE:
         u = tl.minimum(tl.maximum((position - y0) / h, 0.0), 1.0)
@@ -100,7 +122,7 @@ def place(x, raw, j, SPLINE: tl.constexpr, INVERSE: tl.constexpr):
     q = t * s
     below = delta * (t * t + s * s) + (d0 + d1) * q
     slant = d1 * t * t + 2 * delta * q + d0 * s * s
-    return share, bin, raw0, raw1, (inside, x0, y0, w, h, d0, d1, t, s, q, below, slant)
+    return t, s, q, below, slant
 
 
 @triton.jit
@@ -240,10 +262,12 @@ def spline_bwd_kernel(
         if SPLINE.kind == "exp":
             limited = 1 + tl.abs(raw * (1.0 / SPLINE.temperature)) * (2.0 / SPLINE.limit)
             draw = draw / (limited * limited)
-        FIRST: tl.constexpr = 2 * K - 1 if SPLINE.tails is not None else 2 * K
+        FIRST: tl.constexpr = 2 * K - 1 if SPLINE.tails == "linear" else 2 * K
         draw0 = (dd0 * _slope_change(raw0, d0, SPLINE))[:, :, None]
         draw1 = (dd1 * _slope_change(raw1, d1, SPLINE))[:, :, None]
-        of_slopes = tl.where(j == FIRST + i, draw0, tl.where(j == FIRST + 1 + i, draw1, 0.0))
+        of_slopes = tl.where(
+            j == FIRST + i, draw0, tl.where(j == FIRST + next_knot(i, SPLINE), draw1, 0.0)
+        )
         draw = tl.where(inside[:, :, None], tl.where(j < 2 * K, draw, of_slopes), 0.0)
         address, _, mask = load_numbers(dparams, n, c, p, is_b, IDENTITY, SPLINE, NUMBERS)
         store(address, draw, mask=mask)

@@ -6,6 +6,7 @@ r"""The scale functions of affine couplings: from a network's raw output to s > 
     exp              s = exp(raw)                                 RealNVP without its tanh
     tanh             log s = clamp * tanh(raw / clamp)            |log s| < clamp
     atan             log s = clamp * 0.636 * atan(raw / clamp)    |log s| < clamp, FrEIA's
+    softsign         log s = raw / (1 + |raw / clamp|)            |log s| < clamp, zuko's
 
 log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
 For example, log sigmoid(-120) is -120.
@@ -24,7 +25,7 @@ from torch import Tensor
 from mflow_kernels.ops.checks import check_choice
 from mflow_kernels.ops.compiler import tl, triton
 
-Kind = Literal["sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan"]
+Kind = Literal["sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan", "softsign"]
 Order = Literal["shift-scale", "scale-shift"]
 
 ATAN = 0.636  # FrEIA's rounding of 2 / pi, so that its couplings are reproduced exactly
@@ -35,12 +36,12 @@ class ScaleFunction:
     """The function from params to a scale, and whether the shift comes before or after scaling.
 
     Attributes:
-        kind: "sigmoid", "double-sigmoid", "softplus", "exp", "tanh" or "atan".
+        kind: "sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan" or "softsign".
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid" and "softplus", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", and of log s with "softplus", > 0. With a
-            clamp of 2, samples of a deep flow can overflow float32; with 1, none was seen to
-            (docs/results.md).
+        clamp: bound of |log s| with "tanh", "atan" and "softsign", and of log s with "softplus",
+            > 0. With a clamp of 2, samples of a deep flow can overflow float32; with 1, none was
+            seen to (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -135,6 +136,7 @@ FORMULAS: dict[Kind, Callable[[Tensor, ScaleFunction], Tensor]] = {
     "exp": lambda raw, scale: raw,
     "tanh": lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
     "atan": lambda raw, scale: (raw / scale.clamp).atan() * (scale.clamp * ATAN),
+    "softsign": lambda raw, scale: raw / (1 + raw.abs() / scale.clamp),
 }
 
 
@@ -227,6 +229,10 @@ def log_scale(raw, SCALE: tl.constexpr):
         tanh = _tanh_of_positive(r, e)
         log_s = SCALE.clamp * tl.where(raw < 0, -tanh, tanh)
         slope = 4 * e / ((1 + e) * (1 + e))
+    elif SCALE.kind == "softsign":
+        limited = 1 + tl.abs(raw) / SCALE.clamp
+        log_s = raw / limited
+        slope = 1 / limited / limited
     else:
         tl.static_assert(SCALE.kind == "atan", "log_scale: unknown scale function")
         FACTOR: tl.constexpr = 0.636  # ATAN, a plain float, which kernels cannot read

@@ -33,13 +33,14 @@ from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.precision import accumulator
 
 Kind = Literal["softplus", "exp"]
+Tails = Literal["linear", "circular"]
 MAX_BINS = 64
 
 
 class SplineOptions(TypedDict, total=False):
     """The fields of `Spline` after bins and bound, as keywords of the operators."""
 
-    tails: Literal["linear"] | None
+    tails: Tails | None
     min_width: float
     min_height: float
     min_slope: float
@@ -56,9 +57,10 @@ class Spline:
         bound: the interval [-bound, bound], or (low, high).
         tails: "linear": outside the interval the spline is the identity, and its slope at both ends
             is 1. An element has K raw widths, K raw heights and the K - 1 raw slopes at the inner
-            knots, 3 K - 1 numbers in this order. None: the slopes at the ends are learned, 3 K + 1
-            numbers, and an element outside the interval becomes NaN. (To raise an error, the host
-            would have to wait for the device.)
+            knots, 3 K - 1 numbers in this order. "circular", for angles: the identity outside too,
+            but one learned slope, the first of K, serves both ends, 3 K numbers (arXiv 2002.02428).
+            None: the slopes at the ends are learned, 3 K + 1 numbers, and an element outside the
+            interval becomes NaN. (To raise an error, the host would have to wait for the device.)
         min_width, min_height: the least width and height of a bin, as shares of the interval.
         min_slope: the least slope at a knot.
         temperature: divides raw widths and heights. nflows divides them by the square root of its
@@ -74,7 +76,7 @@ class Spline:
 
     bins: int
     bound: float | tuple[float, float]
-    tails: Literal["linear"] | None = "linear"
+    tails: Tails | None = "linear"
     min_width: float = 1e-3
     min_height: float = 1e-3
     min_slope: float = 1e-3
@@ -84,8 +86,8 @@ class Spline:
     def __post_init__(self) -> None:
         check_count("bins", self.bins, 2, MAX_BINS)
         check_choice("kind", self.kind, ("softplus", "exp"))
-        if self.tails not in ("linear", None):
-            raise ValueError(f"tails: expected 'linear' or None, got {self.tails!r}")
+        if self.tails not in ("linear", "circular", None):
+            raise ValueError(f"tails: expected 'linear', 'circular' or None, got {self.tails!r}")
         pair = self.bound if isinstance(self.bound, tuple) else (0.0, self.bound)
         if len(pair) != 2:
             raise ValueError(f"bound: expected a number or (low, high), got {self.bound}")
@@ -122,7 +124,7 @@ class Spline:
     @property
     def numbers(self) -> int:
         """Raw numbers of an element."""
-        return 3 * self.bins + (-1 if self.tails else 1)
+        return 3 * self.bins + {"linear": -1, "circular": 0, None: 1}[self.tails]
 
     @property
     def limit(self) -> float:
@@ -130,10 +132,15 @@ class Spline:
         return -math.log(self.min_slope) if self.kind == "exp" else math.inf
 
     @property
-    def args(self) -> tuple[int, bool, str, list[float]]:
+    def args(self) -> tuple[int, str, str, list[float]]:
         """The fields in order, for the signature of an operator."""
         sizes = [self.low, self.high, self.min_width, self.min_height]
-        return self.bins, bool(self.tails), self.kind, [*sizes, self.min_slope, self.temperature]
+        return (
+            self.bins,
+            self.tails or "none",
+            self.kind,
+            [*sizes, self.min_slope, self.temperature],
+        )
 
     @property
     def identity(self) -> float:
@@ -157,14 +164,14 @@ def _cached(bins: int, bound: float | tuple[float, float], *options: tuple[str, 
 
 
 @cache
-def _spline_of(bins: int, tails: bool, kind: Any, numbers: tuple[float, ...]) -> Spline:
+def _spline_of(bins: int, tails: Any, kind: Any, numbers: tuple[float, ...]) -> Spline:
     low, high, min_width, min_height, min_slope, temperature = numbers
-    ends: Literal["linear"] | None = "linear" if tails else None
+    ends = None if tails == "none" else tails
     sizes = min_width, min_height
     return Spline(bins, (low, high), ends, *sizes, min_slope, temperature, kind)
 
 
-def spline_of(bins: int, tails: bool, kind: str, numbers: list[float]) -> Spline:
+def spline_of(bins: int, tails: str, kind: str, numbers: list[float]) -> Spline:
     """The `Spline` with these `args`."""
     return _spline_of(bins, tails, kind, tuple(numbers))
 
@@ -184,7 +191,11 @@ def bins_ref(params: Tensor, spline: Spline) -> tuple[Tensor, Tensor, Tensor]:
     else:
         # Above the threshold, which is 20 by default, torch returns its argument.
         slopes = spline.min_slope + F.softplus(raw_slopes, threshold=50)
-    return widths, heights, F.pad(slopes, (1, 1), value=1.0) if spline.tails else slopes
+    if spline.tails == "linear":
+        slopes = F.pad(slopes, (1, 1), value=1.0)
+    elif spline.tails == "circular":
+        slopes = torch.cat([slopes, slopes[..., :1]], -1)
+    return widths, heights, slopes
 
 
 def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:

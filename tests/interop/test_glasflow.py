@@ -26,6 +26,10 @@ def glasflow(cls=gf.RealNVP, features=4, **options):
     return cls(features, 4, n_neurons=8, n_blocks_per_transform=1, **options)
 
 
+def autoregressive(cls, **options):
+    return cls(4, 2, n_conditional_inputs=3, n_neurons=8, n_blocks_per_transform=1, **options)
+
+
 def real_nvp(activation, **options):
     return lambda: glasflow(scale_activation=activation, **options)
 
@@ -40,6 +44,16 @@ MODELS = {
     "glasflow, splines": (
         lambda: glasflow(gf.CouplingNSF, num_bins=4, tail_bound=2.0),
         "4 spline couplings",
+    ),
+    "glasflow, autoregressive": (
+        lambda: autoregressive(gf.MaskedAffineAutoregressiveFlow),
+        "2 autoregressive affine maps",
+    ),
+    "glasflow, autoregressive splines": (
+        lambda: autoregressive(
+            gf.MaskedPiecewiseRationalQuadraticAutoregressiveFlow, tails="linear", tail_bound=2.0
+        ),
+        "2 autoregressive splines",
     ),
     "nessai": (lambda: nessai("RealNVP", linear_transform="lu"), "affine sigmoid coupling"),
     "nessai, mlp, actnorm": (

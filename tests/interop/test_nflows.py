@@ -1,11 +1,13 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
+import copy
 import inspect
 from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nflows import transforms as nt
 from nflows.distributions.normal import StandardNormal
 from nflows.flows.base import Flow
@@ -96,6 +98,20 @@ def splines(features=5, tails="linear", bound=1.5, own=True):
     return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
 
 
+def autoregressive(features=5, spline=False, **options):
+    """A masked autoregressive flow, as sbi builds it: with permutations between."""
+    options = {"context_features": 3, **options}
+    if spline:
+        cls = nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+        options |= {"num_bins": 4, "tails": "linear", "tail_bound": 1.5}
+    else:
+        cls = nt.MaskedAffineAutoregressiveTransform
+    layers = []
+    for _ in range(3):
+        layers += [cls(features, 8, **options), nt.RandomPermutation(features)]
+    return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
+
+
 SPLINES = partial(nt.PiecewiseRationalQuadraticCouplingTransform, tails="linear")
 
 
@@ -126,6 +142,15 @@ MODELS = {
     "conditional": conditional,
     "splines": splines,
     "splines of an interval": lambda: splines(4, None),
+    "autoregressive": partial(autoregressive, use_residual_blocks=False, activation=torch.tanh),
+    "autoregressive, residual": partial(autoregressive, activation=torch.nn.SiLU()),
+    "autoregressive, batch norm": partial(autoregressive, use_batch_norm=True, activation=F.elu),
+    "autoregressive splines": partial(autoregressive, spline=True, dropout_probability=0.2),
+    "autoregressive, random masks": partial(
+        autoregressive, use_residual_blocks=False, random_mask=True, activation=F.leaky_relu
+    ),
+    "autoregressive, own activation": partial(autoregressive, spline=True, activation=torch.sin),
+    "autoregressive, one feature": partial(autoregressive, 1, context_features=None),
     "images": images,
     "images, splines": lambda: images(coupling=SPLINES),
 }
@@ -141,18 +166,19 @@ PICKLES = not hasattr(nt.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION")
 class TestNflows(peers.LayerTests):
     adapter = ADAPTER
     models = MODELS
-    trained: ClassVar = {"conditional": False, "images": True}
+    trained: ClassVar = {"conditional": False, "images": True, "autoregressive": False}
     copied, pickles = "images", PICKLES
 
     def inputs(self, model, n=8, seed=3):
         generator = torch.Generator().manual_seed(seed)
         if isinstance(model._transform, nt.MultiscaleCompositeTransform):
             return (torch.rand(n, 1, 8, 8, generator=generator),)
-        features = next(m.features for m in model.modules() if hasattr(m, "identity_features"))
+        features = model._distribution._shape[0]
         x, c = (torch.randn(n, size, generator=generator) for size in (features, 3))
         if any(getattr(m, "tails", "linear") is None for m in model.modules()):
             x = 0.2 + 0.5 * x.sigmoid()
-        takes = any(getattr(m, "context_features", None) for m in model.modules())
+        names = ("context_features", "context_layer")
+        takes = any(getattr(m, name, None) for m in model.modules() for name in names)
         return (x, c) if takes else (x,)
 
     def encode(self, model, x, *c):
@@ -172,6 +198,7 @@ class TestNflows(peers.LayerTests):
         yield nt.LULinear(4, identity_init=False), x
         yield nt.OneByOneConvolution(4), image
         yield nt.AffineCouplingTransform(halves(4), vector_net(3)), x, torch.randn(5, 3)
+        yield nt.MaskedAffineAutoregressiveTransform(4, 8), x
 
     def both_ways(self, layer, x, *c):
         return [*layer(x, *c), *layer.inverse(x, *c)]
@@ -186,6 +213,11 @@ class TestNflows(peers.LayerTests):
         mask = halves(4)
         yield nt.AffineCouplingTransform(mask, vector_net(), unconditional_transform=more), "alone"
         yield nt.CompositeTransform([nt.SqueezeTransform(3)]), "by 3, not by 2"
+        own = nt.MaskedAffineAutoregressiveTransform(4, 8, activation=torch.sin)
+        yield own, "activation is a custom function, so"
+        hooked = nt.MaskedAffineAutoregressiveTransform(4, 8)
+        hooked.autoregressive_net.blocks[0].register_forward_hook(lambda *_: None)
+        yield hooked, "its network has hooks, so"
         yield nt.QRLinear(4, 2), "no such layer"
         yield nt.Permutation(torch.arange(3), dim=2), "axis 2"
 
@@ -214,6 +246,10 @@ def test_report():
         "4 1x1 convolutions, autoregressive spline"
     )
     assert len(accelerate(MODELS["one of 4"]()).replaced) == 1
+    (replaced,) = accelerate(MODELS["autoregressive"]()).replaced
+    assert replaced.by == "3 autoregressive affine maps, 3 permutations"
+    report = accelerate(MODELS["autoregressive, own activation"]())
+    assert "pass for each feature, as its activation is a custom function" in str(report)
     report = accelerate(real_nvp(batch_norm_between_layers=True))
     assert {left.layer for left in report.left} == {"BatchNorm"}
     assert len(report.replaced) == 4
@@ -232,6 +268,34 @@ def test_a_checkpoint_may_bring_another_mask(layer):
     fast.load_state_dict(other.state_dict())
     for got, want in zip(fast(x), other(x), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["batch norm", "splines"])
+def test_batch_norm_and_dropout_train_as_in_nflows(name):
+    """In training mode the library's network runs, and draws what it would draw."""
+    make = MODELS[f"autoregressive, {name}" if name == "batch norm" else f"autoregressive {name}"]
+    model = TESTS.initialized(make).train()
+    fast = copy.deepcopy(model)
+    assert accelerate(fast).replaced
+    x, c = TESTS.inputs(model)
+    found = []
+    for m in (fast, model):
+        torch.manual_seed(0)
+        found.append([*m._transform(x, c), *m._transform.inverse(x, c), *m.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_bring_other_masks_and_activations_in_place_are_left():
+    options = {"use_residual_blocks": False, "random_mask": True}
+    fast, other = (nt.MaskedAffineAutoregressiveTransform(6, 16, **options) for _ in range(2))
+    assert accelerate(fast).replaced
+    x = torch.randn(5, 6)
+    fast.inverse(x)
+    fast.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(fast.inverse(x), other.inverse(x))
+    in_place = nt.MaskedAffineAutoregressiveTransform(4, 8, activation=torch.nn.ReLU(inplace=True))
+    assert "in place" in str(accelerate(in_place))
 
 
 def test_actnorm_is_set_as_in_nflows():

@@ -96,6 +96,27 @@ def splines(size=5, layers=3, **options):
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
 
 
+def autoregressive(size=4, **options):
+    """Masked autoregressive flows, whose `forward` samples in one pass."""
+    flows = []
+    for _ in range(3):
+        flows += [
+            nf.flows.MaskedAffineAutoregressive(size, 8, **options),
+            nf.flows.Permute(size, mode="swap"),
+        ]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
+
+
+def circular(size=5, layers=3):
+    """Splines of angles and other features, as in FAB's flow of alanine dipeptide."""
+    bound = torch.full((size,), 9.0)
+    bound[[1, 3]] = 6.0
+    one = nf.flows.CircularAutoregressiveRationalQuadraticSpline
+    flows = [one(size, 1, 8, [1, 3], num_bins=4, tail_bound=bound) for _ in range(layers)]
+    flows.append(one(size, 1, 8, [0], num_bins=4, tail_bound=9.0, activation=torch.nn.Tanh))
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
+
+
 def vectors(size, n=64, seed=3):
     return torch.randn(n, size, generator=torch.Generator().manual_seed(seed))
 
@@ -112,6 +133,7 @@ def conditional():
         nf.flows.AutoregressiveRationalQuadraticSpline,
     ):
         flows += [cls(3, 1, 8, num_context_channels=2), nf.flows.LULinearPermute(3)]
+    flows.append(nf.flows.MaskedAffineAutoregressive(3, 8, context_features=2))
     base = nf.distributions.base.ConditionalDiagGaussian(3, nf.nets.MLP([2, 8, 6]))
     return nf.ConditionalNormalizingFlow(base, flows)
 
@@ -131,6 +153,11 @@ MODELS = {
     "couplings of 3": couplings_of_3,
     "mixed": mixed,
     "splines": splines,
+    "autoregressive": autoregressive,
+    "autoregressive, no blocks": lambda: autoregressive(
+        use_residual_blocks=False, activation=torch.nn.Tanh()
+    ),
+    "circular": circular,
 }
 if hasattr(nf, "ConditionalNormalizingFlow"):  # from 1.7.2 on
     MODELS["conditional"] = conditional
@@ -177,7 +204,7 @@ class TestNormflows(peers.LayerTests):
         return nf.flows.ActNorm(4)
 
     def left(self):
-        spline = nf.flows.CircularAutoregressiveRationalQuadraticSpline(3, 1, 8, [0])
+        spline = nf.flows.CircularCoupledRationalQuadraticSpline(3, 1, 8, [0])
         yield nf.NormalizingFlow(nf.distributions.DiagGaussian(3), [spline]), "no such layer"
         yield nf.flows.GlowBlock(4, 8, split_mode="checkerboard").flows[0], "checkerboard"
 
@@ -267,6 +294,16 @@ def test_samples_initialize_actnorm_only_in_training_with_a_warning():
     with pytest.warns(RuntimeWarning, match="set from samples"):
         model.sample(3, torch.arange(3))
     assert all(m.data_dep_init_done for m in actnorms)
+
+
+def test_features_outside_of_the_bound_stay_beside_angles():
+    layer = nf.flows.CircularAutoregressiveRationalQuadraticSpline(3, 1, 8, [0])
+    x = 4 + vectors(3).abs()
+    assert not layer.inverse(x)[0].any()
+    assert "returns 0" in str(accelerate(layer))
+    z, log_det = layer.inverse(x)
+    assert torch.equal(z, x)
+    assert not log_det.any()
 
 
 def test_log_sigmoid_stays_finite():

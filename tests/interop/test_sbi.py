@@ -27,6 +27,7 @@ def simulated(dims, n=200):
 
 ALL = {
     "nsf": "scale and shift, 10 permutations, 5 spline couplings, 5 1x1 convolutions",
+    "maf": "scale and shift, 5 autoregressive affine maps, 5 permutations",
     "maf_rqs": "scale and shift, 5 autoregressive splines, 5 permutations",
 }
 
@@ -45,7 +46,16 @@ def results(theta, x):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dims"), [("nsf", 3), ("nsf", 2), ("nsf", 1), ("maf_rqs", 3), ("zuko_nsf", 3)]
+    ("kind", "dims"),
+    [
+        ("nsf", 3),
+        ("nsf", 2),
+        ("nsf", 1),
+        ("maf", 3),
+        ("maf_rqs", 3),
+        ("zuko_nsf", 3),
+        ("zuko_maf", 3),
+    ],
 )
 def test_an_estimator_equals_the_original(kind, dims):
     torch.manual_seed(0)
@@ -58,7 +68,7 @@ def test_an_estimator_equals_the_original(kind, dims):
         assert not report.left
 
 
-@pytest.mark.parametrize("kind", ["nsf", "zuko_nsf"])
+@pytest.mark.parametrize("kind", ["nsf", "maf", "zuko_nsf"])
 def test_the_quickstart(kind, tmp_path, monkeypatch):
     """An accelerated estimator is trained, samples and is copied; decelerated, it is the same."""
     monkeypatch.chdir(tmp_path)  # sbi writes its logs here

@@ -20,6 +20,14 @@ def nsf(features=3, **options):
     return zuko.flows.NSF(features, 2, transforms=2, bins=4, hidden_features=[8], **options)
 
 
+def affine(**options):
+    return zuko.flows.MAF(4, 2, transforms=2, hidden_features=[8, 8, 8], **options)
+
+
+# The second feature depends on the last one, and that on the first.
+GRAPH = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
+
+
 def couplings(**options):
     layers = [
         zuko.flows.GeneralCouplingTransform(
@@ -40,13 +48,17 @@ MODELS = {
     "two passes": lambda: nsf(passes=2),
     "general couplings": couplings,
     "one feature": lambda: nsf(1),
+    "affine": lambda: affine(randperm=True),
+    "affine, residual": lambda: affine(residual=True, activation=torch.nn.ELU),
+    "affine, a graph": lambda: affine(adjacency=GRAPH),
+    "angles": lambda: zuko.flows.NCSF(3, 2, transforms=2, bins=4, hidden_features=[8]),
 }
 
 
 class TestZuko(peers.LibraryTests):
     adapter = zuko_adapter.ADAPTER
     models = MODELS
-    trained: ClassVar = {"two passes": False}
+    trained: ClassVar = {"two passes": False, "affine": False}
     copied = "autoregressive"
 
     def inputs(self, model, n=16, seed=3):
@@ -69,8 +81,10 @@ class TestZuko(peers.LibraryTests):
         return {"z alone": transform(x), "x alone": transform.inv(z)}
 
     def left(self):
-        yield zuko.flows.NCSF(3, 2), "not MonotonicRQSTransform"
-        yield zuko.flows.MAF(3), "not MonotonicRQSTransform"
+        yield zuko.flows.NICE(3, 2), "not MonotonicRQSTransform"
+        yield zuko.flows.NCSF(1), "not MonotonicRQSTransform"
+        yield zuko.flows.MAF(3, activation=torch.nn.Softsign), "activation is a custom function"
+        yield zuko.flows.SOSPF(3), "not MonotonicRQSTransform"
         yield zuko.flows.GF(3), "UnconditionalTransform: mflow_kernels has no such layer"
         yield zuko.flows.NSF(3, bins=65), "bins: expected"
 
@@ -84,6 +98,8 @@ def test_batches_broadcast():
         x, c = torch.randn(*batch, 3), torch.randn(*conditions, 2)
         want, got = (m(c).log_prob(x) for m in (model, fast))
         torch.testing.assert_close(got, want)
+        want, got = (m.transform(c).inv(x) for m in (model, fast))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert fast(c).sample((7, 2)).shape == (7, 2, 3)
 
 

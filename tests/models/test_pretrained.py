@@ -23,6 +23,7 @@ from mflow_kernels import (
     Jet,
     ManifoldFlow,
     ManifoldObjective,
+    MaskedAutoregressive,
     Permutation,
     PixelPairs,
     ReversibleChain,
@@ -71,6 +72,23 @@ MODELS = {
     "conditional vectors": lambda: VectorFlow(3, 2, 4, context_channels=2, scale="exp"),
     "spline vectors": lambda: VectorFlow(4, 2, 4, coupling="spline", bins=3),
     "spline glow": lambda: Glow(IMAGE, 1, 1, 4, coupling="spline"),
+    "conditional autoregressive vectors": lambda: VectorFlow(
+        3, 3, 5, autoregressive=True, context_channels=2
+    ),
+    "autoregressive spline vectors": lambda: VectorFlow(
+        3, 2, 5, coupling="spline", bins=3, autoregressive=True
+    ),
+    "autoregressive chain": lambda: ReversibleChain(
+        [
+            MaskedAutoregressive(
+                3, width=4, depth=1, residual=False, activation="elu", order=[1, 2, 0]
+            ),
+            MaskedAutoregressive(
+                3, "spline", width=4, bins=3, bound=(-2.0, 3.0), tails="circular", min_slope=0.01
+            ),
+        ],
+        input_shape=POINT,
+    ),
     "chain": chain,
     "chain of points": lambda: chain(POINT, reversible=False, checkpoint_every=2),
     "chain of other layers": lambda: ReversibleChain(

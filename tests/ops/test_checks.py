@@ -159,7 +159,7 @@ BAD_OTHERS: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"bound": (1.0, 1.0)}, ValueError, "bound: expected low < high, got"),
         ({"bound": (1.0, 2.0, 3.0)}, ValueError, r"bound: expected a number or \(low, high\), got"),
         ({"bound": "3"}, TypeError, "bound: expected a number, got str"),
-        ({"tails": "circular"}, ValueError, "tails: expected 'linear' or None, got 'circular'"),
+        ({"tails": "none"}, ValueError, "tails: expected 'linear', 'circular' or None, got 'none'"),
         ({"kind": "relu"}, ValueError, "kind: expected one of softplus, exp, got 'relu'"),
         ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
         ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),

@@ -121,7 +121,7 @@ def run_spline(case: Case) -> None:
     state, other = rng.choice(DTYPES)
     c = rng.choice([c for c in CHANNELS if c > 1 or not op.couples])
     shape = shape_of_a_state(rng, c)
-    tails, kind = rng.choice(("linear", "linear", None)), rng.choice(("softplus", "exp"))
+    tails, kind = rng.choice(("linear", "circular", None)), rng.choice(("softplus", "exp"))
     bins = rng.choice((2, 3, 4, 5, 8, 13) if KERNELS_ON_CPU else (2, 3, 4, 5, 8, 10, 13, 32, 64))
     bound = rng.choice((1.0, 3.0)) if tails else (-2.0, 2.0)  # a view may negate x
     spline = ops.Spline(

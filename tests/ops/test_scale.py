@@ -26,6 +26,7 @@ def test_formulas(scale):
         "exp": torch.exp,
         "tanh": lambda r: torch.exp(scale.clamp * torch.tanh(r / scale.clamp)),
         "atan": lambda r: torch.exp(scale.clamp * 0.636 * torch.atan(r / scale.clamp)),
+        "softsign": lambda r: torch.exp(torch.sign(r) / (1 / r.abs() + 1 / scale.clamp)),
     }[scale.kind]
     log_s = log_scale_ref(RAW, scale)
     assert_close(log_s.exp(), expected(RAW))
@@ -37,7 +38,7 @@ def slope_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
     return torch.autograd.grad(log_scale_ref(leaf, scale).sum(), leaf)[0]
 
 
-@pytest.mark.parametrize("kind", ["tanh", "atan"])
+@pytest.mark.parametrize("kind", ["tanh", "atan", "softsign"])
 def test_bounded(kind):
     raw = torch.tensor([-1e30, -1e4, 0, 1e4, 1e30])
     scale = ScaleFunction(kind, clamp=1.5)

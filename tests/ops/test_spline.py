@@ -60,11 +60,11 @@ def test_knots(dtype, inverse, device):
 
 
 @both
-@pytest.mark.parametrize("tails", ["linear", None])
+@pytest.mark.parametrize("tails", ["linear", "circular", None])
 def test_infinities_and_nan(tails, inverse, device):
     """Tails pass infinities through. Without tails, and for NaN, an element becomes NaN."""
     special = torch.tensor([math.inf, -math.inf, math.nan, 4.0], device=device)[:, None]
-    params = normal(4, 23 if tails else 25, device=device)
+    params = normal(4, {"linear": 23, "circular": 24, None: 25}[tails], device=device)
     y, logdet = FUNCTIONS[inverse](special, params, 8, 3.0, tails=tails)
     if tails:
         torch.testing.assert_close(y, special, rtol=0, atol=0, equal_nan=True)
@@ -133,3 +133,21 @@ def test_float32_is_as_exact_as_nflows():
     steep, logdet = ops.rational_quadratic(x, 10 * params, 8, 3.0)
     assert steep.isfinite().all()
     assert logdet.isfinite().all()
+
+
+@both
+def test_circular_tails_share_a_slope(inverse, device):
+    """On a circle a spline is that of a bounded interval whose two end slopes are one number."""
+    x = (6 * torch.rand(7, 2, dtype=torch.float64, device=device) - 3).requires_grad_()
+    raw = normal(7, 2, 12, dtype=torch.float64, device=device).requires_grad_()
+    bounded = torch.cat([raw, raw[..., 8:9]], 2).flatten(1)
+    got = FUNCTIONS[inverse](x, raw.flatten(1), 4, 3.0, tails="circular")
+    want = FUNCTIONS[inverse](x, bounded, 4, 3.0, tails=None)
+    weights = [normal(*y.shape, dtype=torch.float64, device=device) for y in got]
+    grads = (torch.autograd.grad(result, (x, raw), weights) for result in (got, want))
+    for one, other in zip((*got, *next(grads)), (*want, *next(grads)), strict=True):
+        assert_close(one, other, terms=16)
+    outside = torch.tensor([[-4.0, 5.0]], dtype=torch.float64, device=device)
+    y, logdet = FUNCTIONS[inverse](outside, raw[:1].flatten(1), 4, 3.0, tails="circular")
+    assert torch.equal(y, outside)
+    assert not logdet.any()

@@ -14,6 +14,7 @@ FINGERPRINTS: dict[str, set[str]] = {
     "glasflow.nflows.transforms.linear": {"4213db6a0e2f"},
     "glasflow.nflows.transforms.lu": {"f8df20d57a1d"},
     "glasflow.nflows.transforms.nonlinearities": {"284226ee7627"},
+    "glasflow.nflows.transforms.made": {"afa72810360c"},
     "glasflow.nflows.transforms.normalization": {"e37135d8e811"},
     "glasflow.nflows.transforms.permutations": {"2edabc131998"},
     "glasflow.nflows.transforms.reshape": {"6fcc7e7ec8b6"},

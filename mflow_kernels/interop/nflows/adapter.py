@@ -13,6 +13,7 @@ FINGERPRINTS: dict[str, set[str]] = {
     "nflows.transforms.linear": {"4eea9c6d8259", "9f9d4214af11"},
     "nflows.transforms.lu": {"6461862c2d76", "536404590d8f"},
     "nflows.transforms.nonlinearities": {"1ae23a507c39", "db7cfa194b9e"},
+    "nflows.transforms.made": {"afae775e17fb"},
     "nflows.transforms.normalization": {"15a59aa508ae"},
     "nflows.transforms.permutations": {"db20ec3d915a"},
     "nflows.transforms.reshape": {"14ee2ee3508a"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mflow_kernels.interop import autoregressive
 from mflow_kernels.interop.actnorm_initialization import per_channel, standard_deviation
 from mflow_kernels.interop.adapter import PartsOf
 from mflow_kernels.interop.linear import (
@@ -21,10 +22,11 @@ from mflow_kernels.interop.linear import (
     one_linear,
     permutation,
 )
+from mflow_kernels.interop.masked_networks import MadeKinds
 from mflow_kernels.interop.orders import Listed, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
-from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts
+from mflow_kernels.interop.splines import coupling_parts
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
@@ -140,6 +142,27 @@ def _coupling(layer: Any, net: Params, scale: ScaleFunction) -> tuple[Part, ...]
     return (Reorder(Listed(order)), coupling, Reorder(Listed(inverse_of(order))))
 
 
+def _masked_affine(layer: Any, made: MadeKinds) -> tuple[Part, ...] | str:
+    scale = _autoregressive_scale(layer)
+    if scale is None:
+        return "its scale activation is a custom function"
+    return autoregressive.affine_parts(layer, made, scale)
+
+
+def _autoregressive_scale(layer: Any) -> ScaleFunction | None:
+    """The scale function of a masked affine transform; glasflow's may have one of its own."""
+    softplus = ScaleFunction("softplus", eps=layer._epsilon, clamp=1e30, order="scale-shift")
+    activation = getattr(layer, "scale_activation", None)
+    if activation is None:
+        return softplus
+    try:
+        log_s = activation(_PROBE).log()
+    except Exception:  # as in `_scale_of`
+        return None
+    same = torch.allclose(log_s, log_scale_ref(_PROBE, softplus), rtol=1e-13, atol=1e-14)
+    return softplus if same else None
+
+
 def _pointwise(layer: Any) -> tuple[Part, ...] | str:
     shape = torch.broadcast_shapes(layer._shift.shape, layer._scale.shape)
     if any(n != 1 for n in shape[1:]) or (len(shape) > 1 and shape[0] == 1):
@@ -167,6 +190,8 @@ def layers_of(nt: Any, affine: tuple[type, ...] = ()) -> dict[type, PartsOf]:
         affine: other classes that compute what `AffineCouplingTransform` computes.
     """
 
+    made = MadeKinds.of(nt.autoregressive.made_module)
+
     def composite(layer: Any) -> tuple[Part, ...] | str:
         why = "mflow_kernels does not have all of its transforms"
         parts: list[Part] = []
@@ -191,7 +216,10 @@ def layers_of(nt: Any, affine: tuple[type, ...] = ()) -> dict[type, PartsOf]:
         nt.PiecewiseRationalQuadraticCouplingTransform: lambda layer: coupling_parts(
             layer, nt.PiecewiseRationalQuadraticCDF
         ),
-        nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: autoregressive_parts,
+        nt.MaskedAffineAutoregressiveTransform: lambda layer: _masked_affine(layer, made),
+        nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: lambda layer: (
+            autoregressive.spline_parts(layer, made)
+        ),
         nt.PointwiseAffineTransform: _pointwise,
         nt.SqueezeTransform: _squeeze,
         nt.CompositeTransform: composite,

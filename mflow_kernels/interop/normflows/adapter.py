@@ -31,7 +31,9 @@ FINGERPRINTS: dict[str, set[str]] = {
     "normflows.flows.normalization": {"59c81946ef8b"},
     "normflows.flows.reshape": {"2f0c071c401a"},
     "normflows.nets.cnn": {"795b7764d029"},
+    "normflows.nets.made": {"2ecfd9f52130", "646bc7ff8136"},
     "normflows.nets.mlp": {"ae0867dade37"},
+    "normflows.utils.nn": {"6a55260e56b7", "3ff07c39ab01"},
     "normflows.utils.splines": {"34287d0614c0", "e65d0b2a8172"},
 }
 
@@ -119,6 +121,11 @@ class NormflowsAdapter(TwoWayAdapter):
         (
             "log sigmoid is finite for every finite input; normflows' is -inf from -104.",
             _computes_sigmoid,
+        ),
+        (
+            "A spline of angles and other features keeps an element outside its interval; "
+            "normflows' returns 0, which has no inverse.",
+            lambda m: isinstance(getattr(m, "tails", None), (list, tuple)),
         ),
     )
 

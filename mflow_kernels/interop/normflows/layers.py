@@ -16,6 +16,7 @@ from normflows.flows.neural_spline.coupling import (
     PiecewiseRationalQuadraticCDF,
     PiecewiseRationalQuadraticCoupling,
 )
+from normflows.nets import made
 from torch import Tensor
 
 from mflow_kernels.interop.actnorm_initialization import (
@@ -23,11 +24,13 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
+from mflow_kernels.interop.autoregressive import affine_parts, spline_parts
 from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, lu_linears, permutation
+from mflow_kernels.interop.masked_networks import MadeKinds
 from mflow_kernels.interop.orders import Listed, Rotated, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
-from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts, inverted
+from mflow_kernels.interop.splines import coupling_parts, inverted
 from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
@@ -118,6 +121,8 @@ _SCALES = {
     "sigmoid": (ScaleFunction("sigmoid"), False, -1.0),
     "sigmoid_inv": (ScaleFunction("sigmoid", order="scale-shift"), True, 1.0),
 }
+MADE = MadeKinds.of(made)
+MASKED_SIGMOID = ScaleFunction("sigmoid", offset=2.0, eps=1e-3, order="scale-shift")
 
 
 def _coupling_block(layer: Any) -> tuple[Part, ...] | str:
@@ -195,9 +200,11 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nf.flows.GlowBlock: _glow_block,
     nf.flows.Squeeze: lambda _: (SpaceToDepth(inverted=False),),
     nf.flows.CoupledRationalQuadraticSpline: lambda layer: _spline_coupling(layer.prqct),
-    nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: autoregressive_parts(m.mprqat),
+    nf.flows.MaskedAffineAutoregressive: lambda m: inverted(affine_parts(m, MADE, MASKED_SIGMOID)),
+    nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, MADE),
+    nf.flows.CircularAutoregressiveRationalQuadraticSpline: lambda m: spline_parts(m.mprqat, MADE),
     PiecewiseRationalQuadraticCoupling: lambda layer: inverted(_spline_coupling(layer)),
-    MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(autoregressive_parts(m)),
+    MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(spline_parts(m, MADE)),
 }
 
 
