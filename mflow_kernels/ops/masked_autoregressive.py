@@ -15,8 +15,10 @@ each weight is used once.
 Gradients of the inverse, with the Jacobian J = dz/dx at the x that was found, g = d loss / dx and
 l = d loss / d logdet:
     v = J^-T (g - l d logdet_z/dx),   dz = v,   d theta = -v dz/d theta - l d logdet_z/d theta
-where logdet_z is that of the forward map. J is triangular in the order of the degrees, so the solve
-takes one product with the network's transposed Jacobian for each degree, on one graph.
+where logdet_z is that of the forward map. J is triangular in the order of the degrees. The loop of
+csrc runs through the sorted units backwards and solves as it goes, in the work of one backward
+pass. Elsewhere the solve takes one product with the network's transposed Jacobian for each degree,
+on one graph.
 
 Shapes: x, z (N, D); params (N, 2 D), raw scales then shifts, or (N, D * numbers), the raw numbers
 of each variable in a row; contexts (N, units). float32 or float64; logdet (N,) has the same dtype.
