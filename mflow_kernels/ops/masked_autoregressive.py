@@ -119,20 +119,21 @@ def masked_autoregressive_inverse_ref(
     operations: Sequence[Operation],
     transform: Transform,
     contexts: Sequence[Tensor],
-    degrees: Tensor,
+    degrees: Degrees,
 ) -> tuple[Tensor, Tensor]:
     """x and the logdet (N,) of the inverse, by one pass for each degree, in plain torch.
 
     Args:
-        degrees: the degree of each variable, (D,), on z's device.
+        degrees: those of the operations.
     """
+    variables = degrees.variables.to(z.device)
     weights = masked_weights(operations)
     x, logdet = torch.zeros_like(z), z.new_zeros(len(z))
-    for degree in range(int(degrees.max()) + 1):
+    for degree in range(degrees.count):
         params = network_ref(operations, x, contexts, weights)
         found, logdet = elementwise(z, params, transform, True)
         # What is not known yet stays 0, so that no garbage overflows.
-        x = torch.where(degrees <= degree, found, x)
+        x = torch.where(variables <= degree, found, x)
     return x, logdet
 
 
@@ -266,8 +267,7 @@ class MaskedAutoregression:
             how = operations, transform, contexts
             if not inverse:
                 return masked_autoregressive_ref(given, *how)
-            variables = self.degrees.variables.to(given.device)
-            return masked_autoregressive_inverse_ref(given, *how, variables)
+            return masked_autoregressive_inverse_ref(given, *how, self.degrees)
         if self._sorted is None:
             owner = owners(transform, given.shape[1])
             self._sorted = SortedNetwork(operations, self.degrees, owner)
@@ -312,8 +312,8 @@ class MaskedAutoregression:
         """
         self._read_masks(operations, transform, z.shape[1])
         if self._is_traced(z):
-            variables = self.degrees.variables.to(z.device)
-            return masked_autoregressive_inverse_ref(z, operations, transform, contexts, variables)
+            how = operations, transform, contexts, self.degrees
+            return masked_autoregressive_inverse_ref(z, *how)
         return self._apply(z, operations, transform, contexts, True)
 
     @staticmethod

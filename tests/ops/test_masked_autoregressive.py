@@ -102,7 +102,7 @@ def both_ways(inverse: bool, given: Tensor, *how) -> tuple[Tensor, Tensor]:
 def reference(inverse: bool, given: Tensor, operations, transform, contexts=()):
     if not inverse:
         return masked_autoregressive_ref(given, operations, transform, contexts)
-    degrees = Degrees(operations, given.shape[1], owners(transform, given.shape[1])).variables
+    degrees = Degrees(operations, given.shape[1], owners(transform, given.shape[1]))
     how = operations, transform, contexts, degrees
     return masked_autoregressive_inverse_ref(given, *how)
 
