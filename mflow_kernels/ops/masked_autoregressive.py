@@ -15,8 +15,10 @@ each weight is used once.
 Gradients of the inverse, with the Jacobian J = dz/dx at the x that was found, g = d loss / dx and
 l = d loss / d logdet:
     v = J^-T (g - l d logdet_z/dx),   dz = v,   d theta = -v dz/d theta - l d logdet_z/d theta
-where logdet_z is that of the forward map. J is triangular in the order of the degrees, so the solve
-takes one product with the network's transposed Jacobian for each degree, on one graph.
+where logdet_z is that of the forward map. J is triangular in the order of the degrees. The loop of
+csrc runs through the sorted units backwards and solves as it goes, in the work of one backward
+pass. Elsewhere the solve takes one product with the network's transposed Jacobian for each degree,
+on one graph.
 
 Shapes: x, z (N, D); params (N, 2 D), raw scales then shifts, or (N, D * numbers), the raw numbers
 of each variable in a row; contexts (N, units). float32 or float64; logdet (N,) has the same dtype.
@@ -116,20 +118,21 @@ def masked_autoregressive_inverse_ref(
     operations: Sequence[Operation],
     transform: Transform,
     contexts: Sequence[Tensor],
-    degrees: Tensor,
+    degrees: Degrees,
 ) -> tuple[Tensor, Tensor]:
     """x and the logdet (N,) of the inverse, by one pass for each degree, in plain torch.
 
     Args:
-        degrees: the degree of each variable, (D,), on z's device.
+        degrees: those of the operations.
     """
+    variables = degrees.variables.to(z.device)
     weights = masked_weights(operations)
     x, logdet = torch.zeros_like(z), z.new_zeros(len(z))
-    for degree in range(int(degrees.max()) + 1):
+    for degree in range(degrees.count):
         params = network_ref(operations, x, contexts, weights)
         found, logdet = elementwise(z, params, transform, True)
         # What is not known yet stays 0, so that no garbage overflows.
-        x = torch.where(degrees <= degree, found, x)
+        x = torch.where(variables <= degree, found, x)
     return x, logdet
 
 
@@ -263,8 +266,7 @@ class MaskedAutoregression:
             how = operations, transform, contexts
             if not inverse:
                 return masked_autoregressive_ref(given, *how)
-            variables = self.degrees.variables.to(given.device)
-            return masked_autoregressive_inverse_ref(given, *how, variables)
+            return masked_autoregressive_inverse_ref(given, *how, self.degrees)
         if self._sorted is None:
             owner = owners(transform, given.shape[1])
             self._sorted = SortedNetwork(operations, self.degrees, owner)
@@ -309,8 +311,8 @@ class MaskedAutoregression:
         """
         self._read_masks(operations, transform, z.shape[1])
         if self._is_traced(z):
-            variables = self.degrees.variables.to(z.device)
-            return masked_autoregressive_inverse_ref(z, operations, transform, contexts, variables)
+            how = operations, transform, contexts, self.degrees
+            return masked_autoregressive_inverse_ref(z, *how)
         return self._apply(z, operations, transform, contexts, True)
 
     @staticmethod

@@ -163,12 +163,12 @@ class SortedNetwork:
             self._last = like.new_tensor(self._constants)
             self._gathered = self._gathered.to(like.device)
         flat = [t.detach().reshape(-1) for t in tensors]
-        return torch.cat([*flat, self._last])[self._gathered]
+        return torch.cat([*flat, self._last]).index_select(0, self._gathered)
 
     def gradients(self, tensors: Sequence[Tensor], dnumbers: Tensor) -> list[Tensor]:
         """The gradients of these tensors from that of the numbers."""
         self._places = self._places.to(dnumbers.device)
-        parts = dnumbers[self._places].split(self._sizes)
+        parts = dnumbers.index_select(0, self._places).split(self._sizes)
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
     def instructions(self, params: int, device: torch.device) -> tuple[Tensor, int]:
