@@ -25,6 +25,7 @@ of each variable in a row; contexts (N, units). float32 or float64; logdet (N,) 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from mflow_kernels.ops.masked_network import (
 )
 from mflow_kernels.ops.precision import accumulator, autocasts
 from mflow_kernels.ops.rational_quadratic import apply_spline
-from mflow_kernels.ops.registration import eager_function, refuse_second_derivative
+from mflow_kernels.ops.registration import eager_function, gradients_of
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.sorted_network import SortedNetwork
 from mflow_kernels.ops.spline import Spline
@@ -83,6 +84,9 @@ def _affine_setup(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
 def _affine_backward(ctx: Any, dy: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...]:
     x, params = ctx.saved_tensors
     args, inverse = ctx.options
+    if torch.is_grad_enabled():
+        reference = partial(elementwise, transform=ScaleFunction(*args), inverse=inverse)
+        return *gradients_of(reference, (x, params), (dy, dledger[:, 0])), None, None
     found = cpu.change_half_backward("coupling", dy, dledger, x, params, args, 0, inverse)
     return (*found, None, None)
 
@@ -197,9 +201,18 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dresult: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("masked_autoregressive")
         (degrees, network, numbers), operations, transform, count, inverse = ctx.how
         given, x, *tensors = ctx.saved_tensors
+
+        def reference(given: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            how = with_tensors(operations, tensors[count:]), transform, tensors[:count]
+            if inverse:
+                return masked_autoregressive_inverse_ref(given, *how, degrees)
+            return masked_autoregressive_ref(given, *how)
+
+        if torch.is_grad_enabled():
+            found = gradients_of(reference, (given, *tensors), (dresult, dlogdet))
+            return *(None for _ in range(5)), *found
         contexts = tensors[:count]
         if not cpu.serves(given):
             own = with_tensors(operations, tensors[count:])
