@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops.compiler import KERNELS
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.layouts import dense_pixels, halves, net_input
 from mflow_kernels.ops.partial_sums import empty_partial_sums
@@ -19,6 +20,9 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 
 def load_extension() -> ModuleType | None:
+    """The loops; None if they were not built, or if $MFLOW_KERNELS turns them off."""
+    if KERNELS == "torch":
+        return None
     try:
         return importlib.import_module("mflow_kernels._C")
     except ModuleNotFoundError:  # a source checkout that was not built

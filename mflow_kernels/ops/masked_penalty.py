@@ -42,6 +42,7 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
+from mflow_kernels.ops.compiler import KERNELS
 from mflow_kernels.ops.cpu import _C
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
@@ -99,6 +100,8 @@ def masked_penalty_ref(
 @cache
 def _why_not_cuda(device: torch.device) -> str | None:
     """Why the extension's kernels cannot run on a GPU; None if they can. Warns the first time."""
+    if KERNELS == "torch" or torch.version.hip:  # nothing to build would help
+        return "no kernels"
     if _C is None:
         why = "mflow_kernels._C is not built"
     elif not _C.cuda_archs:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops.fallback import FAKES
 from mflow_kernels.ops.launch import transformed
 
 # The computation of each operator by its name. A walk runs it where meta tensors would skip it.
@@ -44,11 +45,13 @@ def register(
     """
     registered = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
     registered.register_fake(fake)
+    FAKES[name] = fake
     COMPUTATIONS[f"mflow::{name}"] = forward
     run = None
     if backward is not None:
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
-        run.register_fake(fake_backward or partial(_like_tensors, _count_results(forward)))
+        FAKES[f"{name}_backward"] = fake_backward or partial(_like_tensors, _count_results(forward))
+        run.register_fake(FAKES[f"{name}_backward"])
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
     setup, gradient = setup or _save_inputs, gradient or _run_backward
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
