@@ -143,8 +143,8 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
         same.targets.update(targets)
 
-    # sm_120 has tiles of its own for some operators, AMD's cards multiply by other instructions, and
-    # networks have tiles for more architectures.
+    # sm_120 has tiles of its own for some operators, AMD's cards have other instructions, and networks
+    # have tiles for more architectures.
     groups: dict[str, list[str]] = {}
     for target in targets:
         kind = "amd" if aot.is_amd(target) else target if target == "sm_120" else "nvidia"
