@@ -65,7 +65,9 @@ def launches_of(size: str) -> Iterator[Recorded]:
 
 
 def network_launches(size: str, target: str) -> Iterator[Recorded]:
-    """Launches of coupling networks, which have tiles of an architecture."""
+    """Launches of coupling networks, which have tiles of an architecture. AMD's have none."""
+    if aot.is_amd(target):
+        return
     networks = [(12, 128, BF16, (16, 16)), (12, 128, BF16, (20, 20))]
     if size != "quick":
         networks += preset_networks()
@@ -143,8 +145,8 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
         same.targets.update(targets)
 
-    # sm_120 has tiles of its own for some operators, AMD's cards have other instructions, and networks
-    # have tiles for more architectures.
+    # sm_120 has tiles of its own for some operators, AMD's cards have other instructions, and for
+    # networks most architectures have tiles of their own.
     groups: dict[str, list[str]] = {}
     for target in targets:
         kind = "amd" if aot.is_amd(target) else target if target == "sm_120" else "nvidia"

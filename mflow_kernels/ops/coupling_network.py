@@ -57,7 +57,7 @@ from mflow_kernels.ops.coupling_network_launches import (
 from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.fastest import fastest, requested
-from mflow_kernels.ops.launch import is_walked, on_gpu, transformed, uses_triton
+from mflow_kernels.ops.launch import AMD, architecture, is_walked, on_gpu, transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import register
 
@@ -147,9 +147,12 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     """Whether the kernels can compute this network on the input x.
 
     They take 16-bit dtypes, float32 if `uses_tf32`, and widths of 16 to 1,024. For images, C_in is
-    at most 28 and C_out at most 56; for vectors, C_in is at most 256 and C_out at most 512.
+    at most 28 and C_out at most 56; for vectors, C_in is at most 256 and C_out at most 512. On
+    AMD's cards the backward launches spill, so torch's layers compute networks there.
     """
     if not (uses_triton(x) and x.numel() and x.dim() in (2, 4)):
+        return False
+    if architecture(x.device) == AMD:
         return False
     known = (torch.bfloat16, torch.float16, *([torch.float32] if uses_tf32(x.dim() == 4) else []))
     return x.dtype in known and fits(Shape.of(x, w1.shape[0], w3.shape[0]))

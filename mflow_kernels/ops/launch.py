@@ -174,6 +174,12 @@ def architecture(device: torch.device) -> int:
     return AMD if target.backend == "hip" else int(target.arch)
 
 
+def geforce(arch: int) -> bool:
+    """Whether a card has the 100 KB of shared memory of a GeForce: sm_86, sm_89 and sm_12x. They
+    multiply by mma.sync, as sm_80 does, and ptxas takes more registers for them."""
+    return arch in (86, 89) or arch // 10 == 12
+
+
 @cache  # torch asks the driver again at each call
 def _capability(device: torch.device) -> int:
     if not torch.cuda.is_available():  # a fake tensor's device

@@ -39,6 +39,11 @@ def test_a_forecast_is_above_the_bound() -> None:
     assert many.eager == many.host == pytest.approx(8e-4)
 
 
+def test_a_float32_product_of_ours_is_three() -> None:
+    product = Kernel("conv1x1", 1, 0, 10**12, torch.float32)
+    assert forecast.device_seconds(product, CARD) == pytest.approx(2e-6 + 1e12 / (0.1 * 495e12))
+
+
 def test_a_compiler_fuses_what_is_between_products() -> None:
     assert [k.name for k in forecast.fused(KERNELS)] == ["convolution", "add", "network"]
 

@@ -9,7 +9,7 @@ import torch
 from own_process import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mflow_kernels.ops import channel_products, launch
+from mflow_kernels.ops import channel_products, coupling_network, launch
 from mflow_kernels.ops import coupling_network_tiles as tiles
 from mflow_kernels.ops.coupling_network_tiles import Shape
 
@@ -75,7 +75,15 @@ def test_an_mi200_gets_no_tiles_of_hopper(card: Any) -> None:
     card((9, 0), "6.4")
     arch = launch.architecture(CARD)
     assert tiles.hopper_tiles(s, arch) is None
-    assert not tiles.geforce(arch)
+    assert not launch.geforce(arch)
+    with FakeTensorMode():
+        x, w1, w3 = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda:0")
+            for shape in ((2, 6, 16, 16), (512, 6, 3, 3), (12, 512, 3, 3))
+        )
+    assert not coupling_network.supports(x, w1, w3)
+    card((9, 0))
+    assert coupling_network.supports(x, w1, w3)
 
 
 @pytest.mark.parametrize(("hip", "given"), [(None, True), ("6.4", False)])
