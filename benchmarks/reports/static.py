@@ -145,11 +145,12 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
         same.targets.update(targets)
 
-    # sm_120 has tiles of its own for some operators, AMD's cards have other instructions, and for
-    # networks most architectures have tiles of their own.
+    # Some operators have tiles of their own on GeForce cards and on sm_120, AMD's cards have other
+    # instructions, and for networks most architectures have tiles of their own.
+    kinds = {"sm_86": "geforce", "sm_89": "geforce", "sm_120": "sm_120"}
     groups: dict[str, list[str]] = {}
     for target in targets:
-        kind = "amd" if aot.is_amd(target) else target if target == "sm_120" else "nvidia"
+        kind = "amd" if aot.is_amd(target) else kinds.get(target, "nvidia")
         groups.setdefault(kind, []).append(target)
     for chosen in groups.values():
         aot.choose_tiles_of(chosen[0])
