@@ -44,11 +44,11 @@ _warned: set[tuple[str, torch.device, str]] = set()
 _raises = False
 
 
-def _fault(operator: str, device: torch.device) -> str:
-    return ""
+Fault = Callable[[str, torch.device], str]
+_fault: Fault = lambda operator, device: ""  # noqa: E731  `find_faults_by` replaces it
 
 
-def find_faults_by(fault: Callable[[str, torch.device], str]) -> None:
+def find_faults_by(fault: Fault) -> None:
     """Set the function that says why an operator's kernels are not used on a card.
 
     `agreement` calls this, because it imports the operators, and they import this module.

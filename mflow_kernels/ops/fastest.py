@@ -97,7 +97,7 @@ def _warn_once(key: str, reason: str) -> None:
 def _choose(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:
     """The choice of an earlier run, or of a comparison now; NO_MEMORY if there is none for it."""
     known = read(_file()).get(key)
-    if known in candidates:
+    if known is not None and known in candidates:
         return known
     try:
         with _undisturbed(device):
@@ -126,7 +126,7 @@ def _of_all_ranks(key: str, choose: Callable[[], str]) -> str:
         f"mflow_networks/{_retries}", torch.distributed.distributed_c10d._get_default_store()
     )
     if store.add(f"{key}, ranks", 1) > 1:
-        return cast(bytes, store.get(key)).decode()
+        return store.get(key).decode()
     choice = NO_MEMORY
     try:
         choice = choose()

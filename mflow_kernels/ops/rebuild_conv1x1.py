@@ -297,6 +297,7 @@ def rebuild_conv1x1(
         assert x is not None
         return in_one_piece(x, dx, net if net_dtype is not None else None, outer_sum, dbias)
     made = rebuild_conv1x1_ref(*given)
-    for sums, whole in ((outer_sum, made.outer_sum), (dbias, made.dbias)):
-        sums.zero_()[:1] = whole  # a kernel that failed would have stored more sums
+    # A kernel that failed would have stored more sums.
+    outer_sum.zero_()[:1] = made.outer_sum
+    dbias.zero_()[:1] = made.dbias
     return made._replace(outer_sum=outer_sum, dbias=dbias)

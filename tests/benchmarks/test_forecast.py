@@ -1,6 +1,7 @@
 """The forecast of whole steps, on launches made up by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_forecast_is_above_the_bound() -> None:
     assert (trained.device, row.optimizer) == (row.device, 0)
     many = forecast.forecast("a spec", "sample", "plain", [kernel("add", 4)] * 100, 0)
     assert many.eager == many.host == pytest.approx(8e-4)
+
+
+def test_every_kernel_of_ours_is_known() -> None:
+    """A kernel with another name would be forecast as cuDNN's."""
+    names = {
+        name.strip("_")
+        for file in (Path(forecast.__file__).parents[2] / "mflow_kernels" / "ops").glob("*.py")
+        for name in re.findall(r"^def (_?\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
+    assert len(names) > 15
+    splines = {name for name in names if name.startswith("spline")}  # no Glow has them
+    assert all(name.startswith(forecast.OURS) for name in names - splines)
 
 
 def test_a_float32_product_of_ours_is_three() -> None:
