@@ -34,8 +34,9 @@ from mflow_kernels.training.cards import CARDS, Card
 
 CARD = "H100"
 # Shares of the card's peaks. Our kernels wait for each product, with one or two programs on a
-# multiprocessor; cuDNN and cuBLAS overlap them. `efficiency` counts 28.9 ms of products, padding and
-# L2 for 14 TFLOP of celeba64's networks, which is half of the peak. Our float32 products are three of tf32 each.
+# multiprocessor; cuDNN and cuBLAS overlap them. `efficiency` counts 28.9 ms of products, padding
+# and L2 for the 14 TFLOP of celeba64's networks, half of the peak, with no wait. Our float32
+# products are three of tf32 each.
 BANDWIDTH = 0.8
 OUR_PRODUCTS, LIBRARY_PRODUCTS = 0.3, 0.5
 LATENCY = 2e-6  # seconds of a launch on the device, beside its work
