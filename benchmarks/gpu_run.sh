@@ -4,8 +4,8 @@
 #     benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]
 #
 # This builds csrc in place and runs every test that needs a GPU, the benchmarks at GPU sizes, the
-# memory ceilings and a short bfloat16 training run. It writes results.json, report.md, a picture
-# and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
+# memory ceilings and a short bfloat16 training run. It writes results.json, report.md, a picture,
+# forecast.txt and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
 # stop later parts; the last lines name the failures, and the exit code is 1.
 # Each part saves its results in OUT_FOLDER/parts when it ends or is stopped, so a killed run still
 # has a report: `python -m benchmarks.report OUT_FOLDER/parts/*.json --out OUT_FOLDER`.
@@ -141,12 +141,14 @@ fi
 
 part environment 20 python3 -m mflow_kernels.env
 part build 90 "${build[@]}"
+[ -n "$rehearse" ] || part kernels 60 python3 -m mflow_kernels.env --check
 together tests 120 "$(shards -m gpu "${tests[@]}")"
 together check 80 "$checks"
 bench models 90 models.py layers.py interop.py sequences.py
 bench ops 60 ops.py
 bench ceilings 150 training.py ceilings.py
 results=("$out"/parts/*.json)
+part forecast 60 bash -c 'out=$1; shift; python3 -m benchmarks.reports.forecast "$@" >"$out/forecast.txt"' _ "$out" ${rehearse:+--tiny} --measured "${results[@]}"
 part report 30 python3 -m benchmarks.report "${results[@]}" --save "$out/results.json" --out "$out"
 
 if [ ${#failed[@]} -eq 0 ]; then

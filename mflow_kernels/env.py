@@ -1,5 +1,10 @@
-"""Report what this installation can do and what it lacks: `python -m mflow_kernels.env`."""
+"""Report what this installation can do and what it lacks: `python -m mflow_kernels.env`.
 
+With --check, compare each operator's kernels with its reference on every GPU too. The exit code is
+1 if one disagrees, does not compile or does not fit.
+"""
+
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -7,7 +12,10 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mflow_kernels.data.printable import counted
 
@@ -85,6 +93,7 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
         major, minor = properties.major, properties.minor
         memory = properties.total_memory / 2**30
         lines.append(("", f"cuda:{index} {properties.name}, sm_{major}{minor}, {memory:.0f} GiB"))
+        lines += [("", line) for line in _what_runs(torch.device("cuda", index))]
         if archs and not _runs_on(archs, (major, minor)):
             missing.append(
                 f"csrc kernels for cuda:{index}: rebuild with MFLOW_CUDA_ARCHS={major}{minor}"
@@ -95,6 +104,45 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
             "with MFLOW_CUDA=1"
         )
     return lines
+
+
+def _what_runs(device: Any) -> list[str]:
+    """Which operators' kernels and which networks' implementations earlier runs chose on a card."""
+    from mflow_kernels.ops import agreement, fastest
+    from mflow_kernels.ops.compiler import KERNELS, VARIABLE
+
+    if KERNELS == "torch":
+        return [f"plain torch computes all operators, because {VARIABLE} is torch"]
+    faults = agreement.stored_faults(device)
+    compared = f"{len(faults)} of {len(agreement.OPERATORS)} operators were compared here"
+    lines = [f"kernels: {compared}; --check compares all"]
+    lines += [f"kernels: {name} is not used: {why}" for name, why in faults.items() if why]
+    lines += [f"network {key}: {choice}" for key, choice in fastest.choices(device).items()]
+    return lines
+
+
+def check() -> tuple[str, bool]:
+    """Compare all operators on all GPUs now: a table, and whether all agree."""
+    import torch
+
+    from mflow_kernels.ops import agreement
+    from mflow_kernels.ops.compiler import TRITON_INSTALLED
+
+    if not (TRITON_INSTALLED and torch.cuda.is_available()):
+        return "nothing to check: kernels need a GPU and Triton", True
+    rows = [("device", "operator", "largest error of a tile", "limit", "")]
+    agrees = True
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        for case, finding in agreement.check(device):
+            error = "-" if finding.error is None else f"{finding.error:.1e}"
+            rows.append(
+                (str(device), case.name, error, f"{case.limit:g}", finding.fault or "agrees")
+            )
+            agrees &= not finding.fault
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    text = ["  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows]
+    return "\n".join(text), agrees
 
 
 def report() -> str:
@@ -131,5 +179,17 @@ def report() -> str:
     return "\n".join(text)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m mflow_kernels.env", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare the kernels on every GPU")
+    options = parser.parse_args(arguments)
     print(report())
+    if not options.check:
+        return 0
+    table, agrees = check()
+    print(f"\n{table}")
+    return int(not agrees)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,17 +49,36 @@ class Arch:
         return min(self.blocks, by_registers, by_shared, self.threads // (32 * warps))
 
 
-ARCHS = {
+class Amd(Arch):
+    """Limits of one compute unit of CDNA 2 and 3 (AMD's ISA references, MI200 and MI300). Its waves
+    have 64 lanes, its four SIMDs have 512 registers for each lane, for vectors and accumulators,
+    and give them in units of 8. Its local memory has 64 KB."""
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        if shared > 64 * 1024:
+            return 0
+        waves = min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(4 * waves // warps, 64 * 1024 // shared if shared else 32)
+
+
+ARCHS: dict[str, Arch] = {
     # A block of sm_80 may take 163 KB, one of sm_86 and sm_89 only 99 KB. Kernels take the same on
     # all three, so the report allows 99 KB.
     "sm_80": Arch(shared=164 * 1024, shared_of_block=99 * 1024),
+    "sm_86": Arch(threads=1536, blocks=16, shared=100 * 1024, shared_of_block=99 * 1024),
     "sm_89": Arch(threads=1536, blocks=24, shared=100 * 1024, shared_of_block=99 * 1024),
     "sm_90": Arch(),
     "sm_100": Arch(),
     "sm_120": Arch(threads=1536, blocks=24, shared=100 * 1024, shared_of_block=99 * 1024),
+    "gfx90a": Amd(),
+    "gfx942": Amd(),
 }
-# No launch may spill on these. Networks were compiled for sm_89 and sm_120 too, without a spill.
-TARGETS = ("sm_80", "sm_90", "sm_100")
+# No launch may spill on these.
+TARGETS = tuple(ARCHS)
+
+
+def is_amd(target: str) -> bool:
+    return target.startswith("gfx")
 
 
 class _CompileOnly:
@@ -69,6 +88,8 @@ class _CompileOnly:
         self.target = target
 
     def get_current_target(self) -> GPUTarget:
+        if is_amd(self.target):
+            return GPUTarget("hip", self.target, 64)
         return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> str:
@@ -151,6 +172,8 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.kwargs)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    if is_amd(target):
+        return _compiled_for_amd(kernel)
     if "st.global" not in kernel.asm["ptx"]:  # Triton 3.6 compiles some kernels to a trap
         return Compiled(error="the program stores nothing")
     arguments = list(_runtime(kernel.src.signature))
@@ -162,6 +185,29 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel.metadata.num_warps,
         access_bytes(kernel.asm["ptx"], arguments),
         kernel.asm.get("ttir", kernel.asm["ttgir"]),  # Gluon chooses layouts itself
+        kernel.asm["ttgir"],
+    )
+
+
+def _compiled_for_amd(kernel: Any) -> Compiled:
+    """What the assembly says of a kernel. Widths of accesses are not read from it."""
+    text = kernel.asm["amdgcn"]
+    if not re.search(r"(global|buffer)_store", text):
+        return Compiled(error="the program stores nothing")
+
+    def counted(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"amdgcn: expected a line with .{name}")
+        return int(found[1])
+
+    return Compiled(
+        counted("vgpr_count"),  # with those of accumulators
+        counted("private_segment_fixed_size"),
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        {},
+        kernel.asm["ttir"],
         kernel.asm["ttgir"],
     )
 

@@ -65,7 +65,9 @@ def launches_of(size: str) -> Iterator[Recorded]:
 
 
 def network_launches(size: str, target: str) -> Iterator[Recorded]:
-    """Launches of coupling networks, which have tiles of an architecture."""
+    """Launches of coupling networks, which have tiles of an architecture. AMD's have none."""
+    if aot.is_amd(target):
+        return
     networks = [(12, 128, BF16, (16, 16)), (12, 128, BF16, (20, 20))]
     if size != "quick":
         networks += preset_networks()
@@ -143,13 +145,17 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
         same.targets.update(targets)
 
-    # sm_120 has tiles of its own for some operators, and networks have them for more architectures.
-    same = [t for t in targets if t != "sm_120"]
-    for chosen in (same, [t for t in targets if t == "sm_120"]):
-        if chosen:
-            aot.choose_tiles_of(chosen[0])
-            for made in [*launches_of(size)]:  # `add` may change the architecture
-                add(made, chosen)
+    # Some operators have tiles of their own on GeForce cards and on sm_120, AMD's cards have other
+    # instructions, and for networks most architectures have tiles of their own.
+    kinds = {"sm_86": "geforce", "sm_89": "geforce", "sm_120": "sm_120"}
+    groups: dict[str, list[str]] = {}
+    for target in targets:
+        kind = "amd" if aot.is_amd(target) else kinds.get(target, "nvidia")
+        groups.setdefault(kind, []).append(target)
+    for chosen in groups.values():
+        aot.choose_tiles_of(chosen[0])
+        for made in [*launches_of(size)]:  # `add` may change the architecture
+            add(made, chosen)
     for target in targets:
         for made in network_launches(size, target):
             add(made, [target])
@@ -233,12 +239,13 @@ def report(size: str, targets: Sequence[str], processes: int | None = None) -> l
     # The slowest first, so that the last worker does not finish alone.
     order = sorted(range(len(_work)), key=lambda i: -_work[i].c)
     jobs = [(i, target) for i in order for target in targets if target in _work[i].targets]
-    native = [(source, target) for source in NATIVE for target in targets]
+    nvidia = [target for target in targets if not aot.is_amd(target)]
+    native = [(source, target) for source in NATIVE for target in nvidia]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         built = pool.map_async(_compile_native, native if shutil.which("nvcc") else [], 1)
         rows = pool.map(_compile, jobs, 1) + [row for part in built.get() for row in part]
     rows.sort(key=lambda r: (r.kernel, r.variant, str(r.c).zfill(4), str(r.p), r.layout, r.dtypes,
-                             int(r.target[3:])))  # fmt: skip
+                             r.target.zfill(6)))  # fmt: skip
     return rows
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.ops.launch import references
+from mflow_kernels.ops.launch import use_kernels
 
 
 class _Method(nn.Module):
@@ -51,7 +51,7 @@ def plain_module(
     if batch is not None:
         n = torch.export.Dim("n", min=batch[0], max=batch[1])
         shapes = (torch.utils._pytree.tree_map(lambda _: {0: n}, inputs),)
-    with torch.no_grad(), references():
+    with torch.no_grad(), use_kernels("torch"):
         plain = torch.export.export(_Method(model, method), inputs, dynamic_shapes=shapes).module()
         assert isinstance(plain, torch.fx.GraphModule)
         _fold_constants(plain)

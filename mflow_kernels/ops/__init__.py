@@ -1,9 +1,11 @@
 """The operators. Each is a registered custom op with a reference in plain torch and kernels."""
 
+import mflow_kernels.ops.agreement  # noqa: F401  It compares kernels on their first use.
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse
 from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse
 from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_inverse_conv1x1
+from mflow_kernels.ops.launch import use_kernels
 from mflow_kernels.ops.logdet import accumulate_logdet
 from mflow_kernels.ops.masked_autoregressive import MaskedAutoregression
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
@@ -33,4 +35,5 @@ __all__ = [
     "rational_quadratic_inverse",
     "spline_coupling",
     "spline_coupling_inverse",
+    "use_kernels",
 ]

@@ -22,6 +22,7 @@ from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import cdiv, tl, triton
 from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.partial_sums import summing_programs
@@ -164,12 +165,14 @@ def launch_actnorm_backward(
     return dx, dbias.to(bias.dtype, copy=True), dlog_scale.to(log_scale.dtype, copy=True)
 
 
+@falls_back("actnorm")
 def _forward(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     if uses_triton(x):
         return launch_actnorm(x, bias, log_scale, inverse)
     return in_layout_of(x, actnorm_ref(x, bias, log_scale, inverse))
 
 
+@falls_back("actnorm_backward")
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 from mflow_kernels.ops.addresses import at, store, strided
 from mflow_kernels.ops.compiler import cdiv, next_power_of_2, tl, triton
 from mflow_kernels.ops.coupling_kernels import couple, load_params
-from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.launch import AMD, RUN_TIME, architecture, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
 from mflow_kernels.ops.partial_sums import count_partial_sums, empty_partial_sums, summing_programs
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
@@ -255,9 +255,13 @@ def pipeline_stages(precision: str) -> int:
 
 
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
-    """The compile-time constants of a kernel that computes products of the state x."""
+    """The compile-time constants of a kernel that computes products of the state x.
+
+    AMD's matrix cores multiply float32 directly, and its compiler has no tf32x3.
+    """
     dtype = accumulator(x.dtype)
-    return {"PRECISION": "ieee" if dtype == torch.float64 else precision, "DTYPE": TL_DTYPE[dtype]}
+    exact = dtype == torch.float64 or architecture(x.device) == AMD
+    return {"PRECISION": "ieee" if exact else precision, "DTYPE": TL_DTYPE[dtype]}
 
 
 def shared_operand_stages(precision: str) -> int:

@@ -4,8 +4,27 @@ The stand-in lets modules define kernels; nothing launches them, because the ref
 loops do not need Triton. Every module of kernels imports Triton from here.
 """
 
+import os
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, cast
+
+Kernels = Literal["auto", "torch"]
+VARIABLE = "MFLOW_KERNELS"
+
+
+def requested() -> Kernels:
+    """The value of $MFLOW_KERNELS, by default "auto": "torch" turns all kernels and loops off.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in ("auto", "torch"):
+        raise ValueError(f"{VARIABLE}: expected auto or torch, got {value!r}")
+    return cast(Kernels, value)
+
+
+KERNELS = requested()
 
 try:
     import triton
@@ -27,9 +46,10 @@ except ModuleNotFoundError as error:
 else:
     TRITON_INSTALLED = True
 
-# Whether kernels in Gluon can be compiled. Its interface changes with Triton's versions, and
-# Triton's interpreter does not know it.
-GLUON = triton.__version__.startswith("3.9.") and not triton.knobs.runtime.interpret
+# Whether kernels in Gluon can be compiled: its interface changes with Triton's versions, and these
+# are known (tests/versions). Triton's interpreter does not know Gluon.
+GLUON_VERSIONS = ("3.6.", "3.7.", "3.9.")
+GLUON = triton.__version__.startswith(GLUON_VERSIONS) and not triton.knobs.runtime.interpret
 
 
 def cdiv(a: int, b: int) -> int:

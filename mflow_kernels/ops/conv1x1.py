@@ -37,6 +37,7 @@ from mflow_kernels.ops.channel_products import (
     weight_gradient_splits,
 )
 from mflow_kernels.ops.checks import check_choice, check_device, check_shape, check_tensor
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import capturing, cusolver, transformed, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, halves, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
@@ -83,6 +84,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+@falls_back("conv1x1")
 def conv1x1_forward(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +98,7 @@ def conv1x1_forward(
     return y, cut_net_input(y, net_dtype)
 
 
+@falls_back("conv1x1_backward")
 def conv1x1_backward(
     dy: Tensor,
     dnet_or_empty: Tensor,

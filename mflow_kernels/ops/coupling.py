@@ -26,6 +26,7 @@ from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.checks import check_device, check_shape
 from mflow_kernels.ops.coupling_kernels import _coupling_bwd_kernel, _coupling_fwd_kernel
 from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
@@ -89,6 +90,7 @@ def launch_coupling_backward(
     return dx, dparams
 
 
+@falls_back("affine_coupling")
 def coupling_forward(
     x: Tensor,
     params: Tensor,
@@ -109,6 +111,7 @@ def coupling_forward(
     return in_layout_of(x, y), ledger
 
 
+@falls_back("affine_coupling_backward")
 def coupling_backward(
     dy: Tensor,
     dledger: Tensor,

@@ -48,6 +48,7 @@ from mflow_kernels.ops.coupling import (
     coupling_forward,
 )
 from mflow_kernels.ops.coupling_kernels import couple_backward, load_params, store_params
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import (
     cut_net_input,
@@ -152,6 +153,7 @@ def launch_coupling_conv1x1_backward(
     return dx, dparams, *sums
 
 
+@falls_back("coupling_conv1x1")
 def coupling_conv1x1_forward(
     x: Tensor,
     params: Tensor,
@@ -184,6 +186,7 @@ def coupling_conv1x1_forward(
     return y, cut_net_input(y, net_dtype), ledger
 
 
+@falls_back("coupling_conv1x1_backward")
 def coupling_conv1x1_backward(
     dy: Tensor,
     dnet_or_empty: Tensor,

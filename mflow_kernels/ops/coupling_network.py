@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mflow_kernels.ops.compiler import KERNELS
 from mflow_kernels.ops.coupling_network_launches import (
     empty_images,
     launch_network,
@@ -54,8 +55,9 @@ from mflow_kernels.ops.coupling_network_launches import (
     rows,
 )
 from mflow_kernels.ops.coupling_network_tiles import Shape
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.fastest import fastest, requested
-from mflow_kernels.ops.launch import is_walked, on_gpu, transformed, uses_triton
+from mflow_kernels.ops.launch import AMD, architecture, is_walked, on_gpu, transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import gradients_of, register
 
@@ -135,7 +137,7 @@ def _relu_backward_(dh: Tensor, h: Tensor) -> Tensor:
 def has_epilogues(x: Tensor) -> bool:
     """Whether bias and ReLU can be part of a convolution or product of x."""
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and _has_cudnn(x.device) and not transformed()
+    return known and KERNELS == "auto" and _has_cudnn(x.device) and not transformed()
 
 
 def _has_cudnn(device: torch.device) -> bool:
@@ -150,9 +152,12 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     """Whether the kernels can compute this network on the input x.
 
     They take 16-bit dtypes, float32 if `uses_tf32`, and widths of 16 to 1,024. For images, C_in is
-    at most 28 and C_out at most 56; for vectors, C_in is at most 256 and C_out at most 512.
+    at most 28 and C_out at most 56; for vectors, C_in is at most 256 and C_out at most 512. On
+    AMD's cards the backward launches spill, so torch's layers compute networks there.
     """
     if not (uses_triton(x) and x.numel() and x.dim() in (2, 4)):
+        return False
+    if architecture(x.device) == AMD:
         return False
     known = (torch.bfloat16, torch.float16, *([torch.float32] if uses_tf32(x.dim() == 4) else []))
     return x.dtype in known and fits(Shape.of(x, w1.shape[0], w3.shape[0]))
@@ -245,6 +250,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
+@falls_back("coupling_network")
 def network_forward(
     x: Tensor,
     w1: Tensor,
@@ -263,7 +269,7 @@ def network_forward(
     """
     x = _dense(x)
     packed = pack(x, w1, w2, w3)
-    if kernels:
+    if kernels and uses_triton(x):
         params, h1, h2 = launch_network(x, packed, b1, b2, b3, keep)
     else:
         s = Shape.of(x, w1.shape[0], w3.shape[0])
@@ -276,6 +282,7 @@ def network_forward(
     return params, h1, h2, packed
 
 
+@falls_back("coupling_network_backward")
 def network_backward(
     dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, kernels: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +295,7 @@ def network_backward(
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
     wide = accumulator(x.dtype)
     with without_autocast(x):
-        if kernels:
+        if kernels and uses_triton(x):
             return launch_network_backward(dparams, x, h1, h2, packed, weights)
         s = Shape.of(x, h1.shape[1], dparams.shape[1])
         layers = s.layers(s.unpack(packed))

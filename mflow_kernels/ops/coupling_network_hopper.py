@@ -17,6 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mflow_kernels.ops.coupling_network_kernels import RUN_TIME_SIZES
 
+# Triton 3.9 renamed it.
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.constexpr_function
 def product_layout(rows: int, columns: int, warps: int) -> gl.NVMMADistributedLayout:
@@ -87,7 +90,7 @@ def _copy(
     k = turn % TURNS * K + gl.arange(0, K, gl.SliceLayout(0, COPY))
     inside = (n < ROWS)[:, None] & (k < COLUMNS)[None, :]
     at = w + n[:, None] * COLUMNS + k[None, :]
-    async_copy.async_load(ring.index(turn % STAGES), at, mask=inside)
+    load_async(ring.index(turn % STAGES), at, mask=inside)
     async_copy.commit_group()
 
 
@@ -103,7 +106,7 @@ def copy_w3(
     d = step // 3 * N + gl.arange(0, N, gl.SliceLayout(0, COPY))
     at = ((j % C_OUT) * 9 + j // C_OUT * 3 + step % 3)[:, None] * WIDTH
     inside = (j < 3 * C_OUT)[:, None] & (d < WIDTH)[None, :]
-    async_copy.async_load(to, w3 + at + d[None, :], mask=inside)
+    load_async(to, w3 + at + d[None, :], mask=inside)
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ from mflow_kernels.ops.coupling_network_hopper import (
     copy_layout,
     copy_w3,
     from_neighbour,
+    load_async,
     load_taps,
     product_layout,
     store_rows,
@@ -63,7 +64,7 @@ def _copy_dh2(
     p = (first + turn // TURNS * splits) * P + gl.arange(0, P, gl.SliceLayout(1, COPY))
     k = turn % TURNS * K + gl.arange(0, K, gl.SliceLayout(0, COPY))
     at = dh2 + p.to(gl.int64)[:, None] * WIDTH + k[None, :]
-    async_copy.async_load(ring.index(turn % STAGES), at, mask=(p < PIXELS)[:, None])
+    load_async(ring.index(turn % STAGES), at, mask=(p < PIXELS)[:, None])
 
 
 @gluon.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -124,7 +125,7 @@ def _hopper_dh1_kernel(
     w2_held = gl.allocate_shared_memory(T, [TURNS, K, D], W2_LAYOUT)
     for turn in gl.static_range(TURNS):
         o = turn * K + gl.arange(0, K, gl.SliceLayout(1, WIDE))
-        async_copy.async_load(w2_held.index(turn), w2 + o[:, None] * WIDTH + d[None, :])
+        load_async(w2_held.index(turn), w2 + o[:, None] * WIDTH + d[None, :])
     RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([P, K], T)
     ring = gl.allocate_shared_memory(T, [STAGES, P, K], RING)
     for early in gl.static_range(STAGES - 1):
@@ -143,7 +144,7 @@ def _hopper_dh1_kernel(
     for tile in range(split, TILES, splits):
         p = tile * P + gl.arange(0, P, gl.SliceLayout(1, WIDE))
         at_h1 = h1 + p.to(gl.int64)[:, None] * WIDTH + d[None, :]
-        async_copy.async_load(h1_held, at_h1, mask=(p < PIXELS)[:, None])
+        load_async(h1_held, at_h1, mask=(p < PIXELS)[:, None])
         if dw2 is not None:
             async_copy.commit_group()
         if dw1 is not None:
@@ -285,7 +286,7 @@ def _hopper_dh2_kernel(
     r = J + gl.arange(0, R, gl.SliceLayout(0, LOAD_R))
     p = split * P + i_wide
     at = p.to(gl.int64)[:, None] * WIDTH + d[None, :]
-    async_copy.async_load(ring.index(0), h2 + at, mask=(p < PIXELS)[:, None])
+    load_async(ring.index(0), h2 + at, mask=(p < PIXELS)[:, None])
     async_copy.commit_group()
     g_j = _load_rows(dparams, split * P + i_of_j, PIXELS, H, W, j, C_OUT)
     g_r = _load_rows(dparams, split * P + i_of_r, PIXELS, H, W, r, C_OUT)
@@ -307,9 +308,7 @@ def _hopper_dh2_kernel(
         ahead = (tile + splits) * P
         p = ahead + i_wide
         at = p.to(gl.int64)[:, None] * WIDTH + d[None, :]
-        async_copy.async_load(
-            ring.index((tile // splits + 1) % 2), h2 + at, mask=(p < PIXELS)[:, None]
-        )
+        load_async(ring.index((tile // splits + 1) % 2), h2 + at, mask=(p < PIXELS)[:, None])
         async_copy.commit_group()
         acc = gl.zeros([P, D], gl.float32, ACC)
         for column in gl.static_range(3):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.compiler import GLUON, cdiv, next_power_of_2
-from mflow_kernels.ops.launch import HOPPER, architecture
+from mflow_kernels.ops.launch import HOPPER, architecture, geforce
 from mflow_kernels.ops.partial_sums import multiprocessors
 
 
@@ -202,12 +202,6 @@ def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
     if found and not any(tile.gluon and halo(s, tile.block_p) for tile in found):
         return found
     return HOPPER_TILES.get(key)
-
-
-def geforce(arch: int) -> bool:
-    """Whether a card has the 100 KB of shared memory of a GeForce: sm_86, sm_89 and sm_12x. They
-    multiply by mma.sync, as sm_80 does, and ptxas takes more registers for them."""
-    return arch in (86, 89) or arch // 10 == 12
 
 
 def forward_tile(s: Shape, arch: int) -> Tile:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mflow_kernels.ops.compiler import KERNELS
 from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.layouts import dense_pixels, halves, net_input
 from mflow_kernels.ops.partial_sums import empty_partial_sums
@@ -21,6 +22,9 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 
 def load_extension() -> ModuleType | None:
+    """The loops; None if they were not built, or if $MFLOW_KERNELS turns them off."""
+    if KERNELS == "torch":
+        return None
     try:
         return importlib.import_module("mflow_kernels._C")
     except ModuleNotFoundError:  # a source checkout that was not built

@@ -2,15 +2,14 @@
 
 The first candidate uses torch's own operators, and the others must agree with it. The choices are
 saved in a small JSON file beside Triton's compiled kernels, so that only the first run on a card
-measures.
+measures. `python -m mflow_kernels.env` prints them.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from mflow_kernels.ops.card_files import card_of_results, path_of, read, tile_error, write
 from mflow_kernels.ops.compiler import triton
-from mflow_kernels.version import __version__
+from mflow_kernels.ops.fallback import raising
 
 Choice = Literal["auto", "torch", "fused"]
 Candidate = Callable[[], Sequence[Tensor]]
@@ -41,36 +41,98 @@ def requested() -> Choice:
 def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:
     """The name of the candidate that took the least time on this card when they were compared.
 
+    All ranks of a run follow the one that comes first to a computation, so that they stay alike.
+
     Args:
         key: identifies the computation by its shapes and dtype.
         candidates: functions that return their results, by name. They are called only if the file
             of choices has no entry. The first one computes by torch's own operators. A candidate
             that raises, or whose results differ from the first one's, is left out with a warning.
         device: a CUDA device. While it records a CUDA graph nothing can be timed, so the first
-            candidate is used if no choice is known.
+            candidate is used, with a warning, if no choice is known.
     """
-    choices, first = _choices(), next(iter(candidates))
-    key = f"{_card(device)}, {key}"
-    if key in _no_memory:
-        return first
-    if choices.get(key) not in candidates:
+    first = next(iter(candidates))
+    key = f"{card_of_results(device)}, {key}"
+    shared = _world() > 1
+    choice = _decided.get((key, shared))
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
+            _warn_once(key, "a CUDA graph is captured. Run the model once before the capture")
             return first
-        try:
-            with _undisturbed(device):
-                agreeing = [name for name in candidates if _agrees(key, name, candidates, device)]
-                times = {name: seconds(candidates[name]) for name in agreeing}
-            choices[key] = min(times, key=lambda name: times[name])
-        except torch.OutOfMemoryError:
-            _no_memory.add(key)
-            return first
-        _save(choices)
-    return choices[key]
+        own = partial(_choose, key, candidates, device)
+        choice = _decided[key, shared] = _of_all_ranks(key, own) if shared else own()
+        if choice == NO_MEMORY:
+            _warn_once(key, "there is no memory to compare in. `retry` compares again")
+    return choice if choice in candidates else first
 
 
-# Computations that found no memory to compare candidates in. This process keeps to the first one,
-# so that both runs of a network agree. The choice is not saved: the next process may have memory.
-_no_memory: set[str] = set()
+NO_MEMORY = "no memory"
+
+# The choices of this process, apart for the time when it is one of several ranks. A computation
+# that found no memory to compare candidates in keeps to the first one, so that both runs of a
+# network agree, until `retry`. That is not saved: the next process may have memory.
+_decided: dict[tuple[str, bool], str] = {}
+_retries = 0
+_warned: set[tuple[str, str]] = set()
+
+
+def retry() -> None:
+    """Compare candidates again where there was no memory for it.
+
+    Call this on all ranks where no backward pass is pending: both runs of a network must agree.
+    """
+    global _retries
+    _retries += 1
+    for made, choice in list(_decided.items()):
+        if choice == NO_MEMORY:
+            del _decided[made]
+
+
+def _warn_once(key: str, reason: str) -> None:
+    if (key, reason) not in _warned:
+        _warned.add((key, reason))
+        warnings.warn(f"{key}: torch's layers compute this network, because {reason}", stacklevel=3)
+
+
+def _choose(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:
+    """The choice of an earlier run, or of a comparison now; NO_MEMORY if there is none for it."""
+    known = read(_file()).get(key)
+    if known is not None and known in candidates:
+        return known
+    try:
+        with _undisturbed(device):
+            agreeing = [name for name in candidates if _agrees(key, name, candidates, device)]
+            times = {name: seconds(candidates[name]) for name in agreeing}
+    except torch.OutOfMemoryError:
+        return NO_MEMORY
+    choice = min(times, key=lambda name: times[name])
+    write(_file(), read(_file()) | {key: choice})
+    return choice
+
+
+def _world() -> int:
+    """The number of ranks that train together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def _of_all_ranks(key: str, choose: Callable[[], str]) -> str:
+    """The choice of the rank that comes first; the others wait for it.
+
+    The ranks meet in torch's store and not in a collective, because a rank may come to a
+    computation that the others never do.
+    """
+    store = torch.distributed.PrefixStore(
+        f"mflow_networks/{_retries}", torch.distributed.distributed_c10d._get_default_store()
+    )
+    if store.add(f"{key}, ranks", 1) > 1:
+        return store.get(key).decode()
+    choice = NO_MEMORY
+    try:
+        choice = choose()
+    finally:  # or the others would wait for a rank that failed
+        store.set(key, choice)
+    return choice
 
 
 @contextmanager
@@ -83,17 +145,10 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     with (
         torch.cuda.device(device),  # events record the current device's stream
         torch.inference_mode(False),
+        raising(),
         saved_tensors_hooks(Tensor.detach, lambda saved: saved),
     ):
         yield
-
-
-@cache  # every call of a network asks
-def _card(device: torch.device) -> str:
-    """The card and the versions of all software whose change may change the choice."""
-    card = torch.cuda.get_device_name(device)
-    software = f"torch {torch.__version__}, triton {triton.__version__}"
-    return f"{card}, {software}, mflow_kernels {__version__}"
 
 
 def _agrees(key: str, name: str, candidates: Mapping[str, Candidate], device: torch.device) -> bool:
@@ -108,7 +163,7 @@ def _agrees(key: str, name: str, candidates: Mapping[str, Candidate], device: to
     try:
         candidates[name]()  # allocates the blocks that its next call uses
         _poison(device)
-        found = max(map(_difference, candidates[name](), candidates[first]()))
+        found = max(map(tile_error, candidates[name](), candidates[first]()))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -116,7 +171,7 @@ def _agrees(key: str, name: str, candidates: Mapping[str, Candidate], device: to
     else:
         if found <= DISAGREEMENT:
             return True
-        fault = f"its results differ from torch's by {found:.2g} of their size"
+        fault = f"its results differ from torch's by {found:.2g} of their size in a tile"
     warnings.warn(f"{key}: {name!r} is not used on this card. {fault}", stacklevel=3)
     return False
 
@@ -133,18 +188,10 @@ def _poison(device: torch.device) -> None:
     del free
 
 
-# A wrong result differs by about its own norm. Rounding to bfloat16 changes the sign of at most
-# 2^-8 of the hidden units. Their errors are independent, so together they change a gradient by the
-# square root of that share of its norm, 2^-4.
-DISAGREEMENT = 0.1
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """The norm of a - b divided by the norm of b; infinite instead of NaN."""
-    if a.shape != b.shape:
-        return float("inf")
-    size, error = (float(t.norm()) for t in (b.double(), a.double() - b.double()))
-    return 0.0 if error == 0 else error / size if error < float("inf") and size else float("inf")
+# A wrong tile differs by about its own size. Rounding to bfloat16 changes the sign of at most 2^-8
+# of the hidden units. Their errors are independent, so together they change a gradient by the
+# square root of that share of its size, 2^-4; and the largest of many tiles by some times more.
+DISAGREEMENT = 0.25
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -153,27 +200,12 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def _file() -> Path:
-    return Path(triton.knobs.cache.dir, "mflow_networks.json")
+    return path_of("mflow_networks.json")
 
 
-@cache
-def _choices() -> dict[str, str]:
-    """The choices of earlier runs; empty if the file is missing or malformed."""
-    try:
-        found = json.loads(_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    known = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in known if isinstance(value, str)}
-
-
-def _save(choices: dict[str, str]) -> None:
-    """Write the choices. If the folder is not writable, the next run only has to measure again."""
-    part = _file().with_suffix(f".{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
-        part.replace(_file())
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
+def choices(device: torch.device, *, stored: bool = True) -> dict[str, str]:
+    """The choices of this process and, if `stored`, of earlier runs on a card, by computation."""
+    made = {key: choice for (key, _), choice in _decided.items()}
+    prefix = f"{card_of_results(device)}, "
+    found = (read(_file()) if stored else {}) | made
+    return {k.removeprefix(prefix): v for k, v in sorted(found.items()) if k.startswith(prefix)}

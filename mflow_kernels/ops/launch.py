@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from mflow_kernels.ops.compiler import TRITON_INSTALLED, triton
+from mflow_kernels.ops.compiler import KERNELS, TRITON_INSTALLED, Kernels, triton
 from mflow_kernels.ops.written import written_arguments
 
 # Whether kernels run on CPU tensors, in Triton's interpreter or in the PTX machine of tests/ptx.
@@ -31,9 +31,19 @@ _mode = _Mode()  # of each thread, because a backward pass of another one may en
 
 
 @contextmanager
-def references() -> Iterator[None]:
-    """Compute by the references, in torch's own operators."""
-    before, _mode.references_run = _mode.references_run, True
+def use_kernels(which: Kernels) -> Iterator[None]:
+    """Within this context, compute by the references ("torch") or by the kernels ("auto").
+
+    The references are torch's own operators. Autograd differentiates them, so a chain stores its
+    states. `MFLOW_KERNELS=torch` turns the kernels off for a whole process, and then a chain still
+    rebuilds its states; "auto" does not turn them on again.
+
+    Raises:
+        ValueError: `which` is neither "auto" nor "torch".
+    """
+    if which not in ("auto", "torch"):
+        raise ValueError(f"which: expected auto or torch, got {which!r}")
+    before, _mode.references_run = _mode.references_run, which == "torch"
     try:
         yield
     finally:
@@ -42,7 +52,7 @@ def references() -> Iterator[None]:
 
 def transformed() -> bool:
     """Whether the references run: in forward-mode differentiation, transforms of torch.func and
-    `references`.
+    `use_kernels("torch")`.
 
     No kernel carries tangents or batches of gradients. The references run instead, and autograd
     differentiates them to any order.
@@ -57,10 +67,36 @@ def transformed() -> bool:
 def uses_triton(x: Tensor) -> bool:
     """Whether an operator on x runs its Triton kernels; otherwise its CPU loop or reference runs.
 
-    Kernels run on CUDA, and on a CPU if KERNELS_ON_CPU. They need Triton, and no transform.
+    Kernels run on CUDA and ROCm, and on a CPU if KERNELS_ON_CPU. They need Triton, a card that it
+    supports, and no transform.
     """
-    served = on_gpu(x.device) or (KERNELS_ON_CPU and x.device.type == "cpu")
-    return served and (TRITON_INSTALLED or _walk is not None) and not transformed()
+    device = x.device
+    served = on_gpu(device) or (KERNELS_ON_CPU and device.type == "cpu")
+    if not served or KERNELS == "torch" or transformed():
+        return False
+    return _walk is not None or (TRITON_INSTALLED and _is_supported(device))
+
+
+OLDEST = 80  # the first compute capability that Triton supports (its README)
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not trace properties of devices
+def _is_supported(device: torch.device) -> bool:
+    return device.type != "cuda" or _supports(device)
+
+
+@cache
+def _supports(device: torch.device) -> bool:
+    """Whether Triton supports a card. If not, this warns once."""
+    capability = _capability(device)
+    if capability == AMD or capability >= OLDEST:
+        return True
+    warnings.warn(
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability / 10:.1f}. "
+        "Triton supports 8.0 and later, so plain torch computes all operators on this card",
+        stacklevel=2,
+    )
+    return False
 
 
 class Walk(NamedTuple):
@@ -122,26 +158,38 @@ def on_gpu(device: torch.device) -> bool:
 
 
 HOPPER = 90
+# The architecture of all AMD cards. ROCm reports capabilities too, but an MI200's (9, 0) is no
+# Hopper.
+AMD = 0
 
 
 def architecture(device: torch.device) -> int:
-    """The GPU's compute capability, times ten. On other devices, that of the machine that stands
-    for a GPU, or Hopper's."""
+    """An NVIDIA card's compute capability, times ten, or AMD. On other devices, that of the machine
+    that stands for a GPU, or Hopper's."""
     device = card_of(device)
     if device.type == "cuda":
         return _capability(device)
     if not KERNELS_ON_CPU:
         return HOPPER
     try:
-        return int(triton.runtime.driver.active.get_current_target().arch)
+        target = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # Triton's interpreter needs no driver
         return HOPPER
+    return AMD if target.backend == "hip" else int(target.arch)
+
+
+def geforce(arch: int) -> bool:
+    """Whether a card has the 100 KB of shared memory of a GeForce: sm_86, sm_89 and sm_12x. They
+    multiply by mma.sync, as sm_80 does, and ptxas takes more registers for them."""
+    return arch in (86, 89) or arch // 10 == 12
 
 
 @cache  # torch asks the driver again at each call
 def _capability(device: torch.device) -> int:
     if not torch.cuda.is_available():  # a fake tensor's device
         return HOPPER
+    if torch.version.hip:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -176,6 +224,18 @@ def cusolver() -> Iterator[None]:
 _cusolver_warned = False
 
 
+class LaunchError(RuntimeError):
+    """Triton could not compile or start a kernel."""
+
+
+def is_guarded(device: torch.device) -> bool:
+    """Whether an operator falls back to its reference if a launch on `device` fails.
+
+    The machines that stand for a GPU in tests raise instead.
+    """
+    return device.type == "cuda"
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
@@ -185,10 +245,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
     Args:
         flops: operations of the kernel's products, two for a multiplication and its addition. Those
             that several programs repeat count each time. Only a walk reads them.
+        options: the kernel's constants and Triton's options. AMD's compiler has no `maxnreg`.
+
+    Raises:
+        LaunchError: Triton could not compile or start the kernel.
     """
     first = args[0][0] if isinstance(args[0], tuple) else args[0]  # a tuple is from `strided`
     # Kernels were compiled and judged with fused multiply-adds, which Triton 3.10 makes no default.
     options["enable_fp_fusion"] = True
+    if "maxnreg" in options and architecture(first.device) == AMD:
+        del options["maxnreg"]
     if _walk is not None:
         if _walk.launched is not None:
             _walk.launched(kernel, grid, args, options)
@@ -203,8 +269,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
     if isinstance(first, FakeTensor):
         return
     device = first.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    try:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*args, **options)
+        else:
             kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or not is_guarded(device):
+            raise
+        name = getattr(kernel, "__name__", str(kernel)).strip("_")
+        raise LaunchError(f"{name}: {type(error).__name__}: {error}") from error

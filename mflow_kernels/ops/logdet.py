@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import launch, uses_triton
 from mflow_kernels.ops.registration import register
 
@@ -48,6 +49,7 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     return logdet
 
 
+@falls_back("accumulate_logdet")
 def _forward(ledger: Tensor, constant: Tensor) -> Tensor:
     run = launch_accumulate if uses_triton(ledger) else accumulate_logdet_ref
     return run(ledger, constant)

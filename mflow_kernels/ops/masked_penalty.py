@@ -43,8 +43,9 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
+from mflow_kernels.ops.compiler import KERNELS
 from mflow_kernels.ops.cpu import _C
-from mflow_kernels.ops.launch import is_walked, noted, references, transformed
+from mflow_kernels.ops.launch import is_walked, noted, transformed, use_kernels
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import gradients_of, register
@@ -95,6 +96,8 @@ def masked_penalty_ref(
 @cache
 def _why_not_cuda(device: torch.device) -> str | None:
     """Why the extension's kernels cannot run on a GPU; None if they can. Warns the first time."""
+    if KERNELS == "torch" or torch.version.hip:  # nothing to build would help
+        return "no kernels"
     if _C is None:
         why = "mflow_kernels._C is not built"
     elif not _C.cuda_archs:
@@ -262,7 +265,7 @@ def _gradient(
 ) -> tuple[Tensor | None, ...]:
     for_input, for_target = ctx.needs_input_grad[:2]
     again = torch.is_grad_enabled()
-    with references() if again else nullcontext():
+    with use_kernels("torch") if again else nullcontext():
         compute: Any = _backward if again else run
         dinput, dtarget = compute(
             *(grad_penalty, grad_gaussian, *ctx.saved_tensors),

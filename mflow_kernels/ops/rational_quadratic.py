@@ -32,6 +32,7 @@ from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.checks import check_device, check_shape
 from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import uses_triton
 from mflow_kernels.ops.layouts import channels_first, dense_pixels, flow_state, in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
@@ -100,6 +101,7 @@ def _launch(
     )
 
 
+@falls_back("rational_quadratic")
 def spline_forward(
     x: Tensor,
     params: Tensor,
@@ -125,6 +127,7 @@ def spline_forward(
     return in_layout_of(x, y), ledger
 
 
+@falls_back("rational_quadratic_backward")
 def spline_backward(
     dy: Tensor,
     dledger: Tensor,

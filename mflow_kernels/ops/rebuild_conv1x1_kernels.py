@@ -40,6 +40,7 @@ def _rebuild_conv1x1_kernel(
     P,
     TILES,
     C: tl.constexpr,
+    PRECISION: tl.constexpr,
     HALF: tl.constexpr,
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -74,7 +75,7 @@ def _rebuild_conv1x1_kernel(
         inside = valid[:, None] & exists[None, :]
         at_y = at_halves(y_a, y_b, n, c, p, is_a)
         y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
-        x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
+        x_t = tl.dot(y_t, inverse_t, input_precision=PRECISION)
         tl.store(at_halves(x_a, x_b, n, c, p, is_a), x_t, inside)
         if net[0] is not None:
             at_net = at(net, n, c, p, PIXELS_FIRST=True)
@@ -93,15 +94,15 @@ def _rebuild_conv1x1_kernel(
                 dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
                 dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         if not DX_LAST:
-            dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
+            dx_t = tl.dot(dy_t, w_t, input_precision=PRECISION)
             tl.store(at_halves(dx_a, dx_b, n, c, p, is_a), dx_t, inside)
         # dy is zero in columns that do not exist, so they add nothing.
         dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
-        outer_t = tl.dot(dy_of_warp, y_of_warp, outer_t, input_precision="tf32x3")
+        outer_t = tl.dot(dy_of_warp, y_of_warp, outer_t, input_precision=PRECISION)
         if DX_LAST:
-            dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
+            dx_t = tl.dot(dy_t, w_t, input_precision=PRECISION)
             tl.store(at_halves(dx_a, dx_b, n, c, p, is_a), dx_t, inside)
     total = tl.sum(outer_t, axis=0)
     tl.store(outer_sum + program.to(tl.int64) * (C * C) + at_square, total, square)
@@ -128,6 +129,7 @@ def _rebuild_conv1x1_sliced_kernel(
     P,
     TILES,
     C: tl.constexpr,
+    PRECISION: tl.constexpr,
     SLICE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -163,7 +165,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 y_slice -= tl.load(bias + i * STEP + c, mask=exists, other=0.0)[:, None]
                 y_t = y_t + (y_slice,)  # type: ignore[assignment]  # noqa: RUF005
                 w_t = load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
-                x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
+                x_t = tl.dot(w_t, y_slice, x_t, input_precision=PRECISION)
             tl.store(at(x, n, o, p), x_t, inside)
             if net[0] is not None:
                 is_a = (o[:, None] < C // 2) & valid[None, :]
@@ -179,7 +181,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
                 exists = in_slice(c, C, SLICES, STEP, i)
                 w_t = load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
-                dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
+                dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision=PRECISION)
             tl.store(at(dx, n, o, p), dx_t, inside)
             dy_rows = tl.join(dy_t[0], dy_t[1])  # type: ignore[misc]
             if SLICES == 2:
@@ -207,7 +209,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 p,
                 valid,
                 C,
-                "tf32x3",
+                PRECISION,
                 tl.float32,
                 SLICE,
             )
@@ -222,7 +224,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 y_slice = load_shifted_halves(
                     y_a, y_b, bias, n, i * STEP + c, p, valid, C, tl.float32
                 )
-            product = tl.dot(dy_rows, tl.trans(y_slice), outer_t[i], input_precision="tf32x3")
+            product = tl.dot(dy_rows, tl.trans(y_slice), outer_t[i], input_precision=PRECISION)
             sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
         outer_t = sums
     if SLICES == 2:

@@ -26,6 +26,7 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple_ref
 from mflow_kernels.ops.coupling_kernels import couple, couple_backward, load_params, store_params
 from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.fallback import falls_back
 from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import channels_first, dense_pixels
 from mflow_kernels.ops.registration import gradients_of
@@ -122,6 +123,7 @@ def launch_rebuild_coupling(
     return RebuiltCoupling(y_b, dy_b, dparams)
 
 
+@falls_back("rebuild_coupling")
 def rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,

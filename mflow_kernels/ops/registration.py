@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import references, transformed
+from mflow_kernels.ops.fallback import FAKES
+from mflow_kernels.ops.launch import transformed, use_kernels
 
 # The computation of each operator by its name. A walk runs it where meta tensors would skip it.
 COMPUTATIONS: dict[str, Callable[..., Any]] = {}
@@ -46,11 +47,13 @@ def register(
     """
     registered = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
     registered.register_fake(fake)
+    FAKES[name] = fake
     COMPUTATIONS[f"mflow::{name}"] = forward
     run = None
     if backward is not None:
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
-        run.register_fake(fake_backward or partial(_like_tensors, _count_results(forward)))
+        FAKES[f"{name}_backward"] = fake_backward or partial(_like_tensors, _count_results(forward))
+        run.register_fake(FAKES[f"{name}_backward"])
         COMPUTATIONS[f"mflow::{name}_backward"] = backward
     setup, gradient = setup or _save_inputs, gradient or partial(_run_backward, forward)
     registered.register_autograd(partial(gradient, run=run), setup_context=setup)
@@ -118,7 +121,7 @@ def gradients_of(
     `torch.func` works there.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), references():
+    with torch.enable_grad(), use_kernels("torch"):
         # Tensors may depend on each other. Autograd stops at views, which do not.
         leaves = [
             t if t is None else t.view_as(t) if again and t.requires_grad else _leaf(t)

@@ -35,7 +35,8 @@ def _stored(call: ast.Call, function: Callable[..., Any]) -> list[ast.expr]:
         in_module = isinstance(call.func.value, ast.Name) and call.func.value.id in ("tl", "gl")
         return call.args[:1] if in_module and call.func.attr.startswith("store") else []
     called = function.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
-    if not inspect.isfunction(getattr(called, "fn", called)):
+    called_function = getattr(called, "fn", called)
+    if not inspect.isfunction(called_function) or called_function.__module__.startswith("triton"):
         return []
     pairs = zip(call.args, written_arguments(called), strict=False)  # others are named
     return [argument for argument, is_written in pairs if is_written]

@@ -27,6 +27,7 @@ from mflow_kernels.layers import ReversibleChain
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.graphs import CaptureError, graphed
+from mflow_kernels.ops.fastest import retry
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers
@@ -194,6 +195,7 @@ class FlowTraining(LightningModule):
         self.zero_grad()
         self._freeze_others(stage)
         if self._step_in_stage(stage) == 0:
+            retry()
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
                 average = self.averaged.stages[earlier].state_dict()

@@ -19,6 +19,7 @@ from mflow_kernels.data.printable import printable
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images
 from mflow_kernels.evaluation.samples import draw_projections, draw_samples, samples_by_temperature
+from mflow_kernels.ops.fastest import choices
 from mflow_kernels.runs.changes import record_changes
 from mflow_kernels.runs.checkpoints import METRICS
 from mflow_kernels.runs.folder import EVALUATION, create_run
@@ -116,6 +117,9 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
         trainer.fit(training)
         if validates and step == schedule.total_steps:  # `fit` has no step left
             trainer.validate(training, verbose=False)
+    if run.ranks.rank == 0 and run.device.type == "cuda":
+        for network, choice in choices(run.device, stored=False).items():
+            print(f"coupling network, {network}: {choice}", file=sys.stderr)
     return training.averaged
 
 

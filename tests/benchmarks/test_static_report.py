@@ -15,19 +15,20 @@ from benchmarks.reports.ptx import access_bytes
 
 @pytest.mark.long
 def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
-    """This takes 40 s of CPU time, because it compiles every kernel for three architectures."""
+    """This takes two minutes of CPU time: every kernel is compiled for eight architectures."""
     saved = tmp_path / "static.json"
     done = run_python("-m", "benchmarks.reports.static", "--quick", "--json", str(saved))
     rows = json.loads(saved.read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [row for row in rows if row["faults"]]
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    nvidia = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+    assert {row["target"] for row in rows} == nvidia | {"gfx90a", "gfx942"}
     models = [row for row in rows if row["variant"] != "csrc"]
     # Every kernel of the flow but actnorm's, and those of a coupling network.
     assert len({row["kernel"] for row in models}) == 8 + 5
     for row in models:
         assert row["layout"] in ("channels_last", "vectors")
-        assert 0 < row["registers"] <= 255
+        assert 0 < row["registers"] <= (512 if row["target"].startswith("gfx") else 255)
         assert row["blocks"] >= 1
     assert list(tmp_path.iterdir()) == [saved]
 

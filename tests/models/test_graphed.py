@@ -17,7 +17,7 @@ from torch import nn
 from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow, graphed
 from mflow_kernels.interop import accelerate
 from mflow_kernels.models import graphs
-from mflow_kernels.ops.launch import references
+from mflow_kernels.ops.launch import use_kernels
 from mflow_kernels.testing import assert_close
 
 
@@ -178,7 +178,7 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, precis
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
         losses = []
-        with references():
+        with use_kernels("torch"):
             for i, x in enumerate(batches):
                 with autocast:
                     losses.append(loss(x))
@@ -191,10 +191,10 @@ def test_a_replay_launches_what_the_eager_step_launches(make, reversible, precis
         results.append((torch.stack(losses).detach(), trained.state_dict(), gradients_of(trained)))
     same(results[1], results[0])
     assert len(capture.recordings) == 2
-    with references(), autocast, Calls() as forward:
+    with use_kernels("torch"), autocast, Calls() as forward:
         loss = loss_of(batches[0])
     ones, leaves = torch.ones_like(loss), [p for p in plain.parameters() if p.grad is not None]
-    with references(), Calls() as backward:
+    with use_kernels("torch"), Calls() as backward:
         torch.autograd.grad(loss, leaves, ones)
     for recording, eager in zip(capture.recordings, (forward, backward), strict=True):
         assert recording.functions() == [f for f, _ in eager.found if f is not DETACH]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mflow_kernels.ops import fastest
+from mflow_kernels.ops.card_files import card_of_results
 from mflow_kernels.testing import EPS
 
 CARD = torch.device("cuda", 1)
@@ -28,12 +29,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(ENTERED.append(device)))
     ENTERED.clear()
-    for known in (fastest._choices, fastest._card):
-        known.cache_clear()
-    fastest._no_memory.clear()
+    monkeypatch.setattr(fastest, "_decided", {})
+    monkeypatch.setattr(fastest, "_warned", set())
+    card_of_results.cache_clear()
     yield path
-    for known in (fastest._choices, fastest._card):
-        known.cache_clear()
+    card_of_results.cache_clear()
 
 
 class Took(list[Tensor]):
@@ -61,11 +61,11 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert choose("a", took(1.0), took(2.0))
     assert not choose("b", took(2.0), took(1.0))
     assert choose("a", never, never)
-    fastest._choices.cache_clear()  # as in another process
+    fastest._decided.clear()  # as in another process
     assert choose("a", never, never)
     assert not choose("b", never, never)
     assert list(file.parent.iterdir()) == [file]
-    key = f"{fastest._card(CARD)}, a"
+    key = f"{card_of_results(CARD)}, a"
     assert key.startswith(f"a card, torch {torch.__version__}, triton ")
     assert json.loads(file.read_text())[key] == "kernels"
 
@@ -105,7 +105,7 @@ def test_a_caller_disturbs_no_candidate(file: Path, inference: bool) -> None:
 )
 def test_a_torn_file_is_no_file(file: Path, content: str) -> None:
     file.parent.mkdir()
-    key = f"{fastest._card(CARD)}, a"
+    key = f"{card_of_results(CARD)}, a"
     file.write_text(content.replace("%s", key), encoding="latin-1")
     assert not choose("a", took(2.0), took(1.0))
     assert json.loads(file.read_text())[key] == "torch"
@@ -118,17 +118,70 @@ def test_a_folder_that_cannot_be_written(file: Path) -> None:
 
 
 def test_no_memory_to_measure_in(file: Path) -> None:
-    """The process keeps to torch's layers. The next one measures, though others were saved."""
+    """The process keeps to torch's layers until `retry`, though other choices were saved."""
 
     def too_large() -> Took:
         raise torch.OutOfMemoryError
 
-    assert not choose("a", too_large, never)
+    with pytest.warns(UserWarning, match="no memory to compare in"):
+        assert not choose("a", too_large, never)
     assert not choose("a", never, never)
     assert not file.exists()
     assert choose("b", took(1.0), took(2.0))
-    assert list(json.loads(file.read_text())) == [f"{fastest._card(CARD)}, b"]
+    assert list(json.loads(file.read_text())) == [f"{card_of_results(CARD)}, b"]
     assert not choose("a", never, never)
+    assert fastest.choices(CARD) == {"a": "no memory", "b": "kernels"}
+    assert fastest.choices(torch.device("cpu")) == {}
+    fastest.retry()
+    assert choose("b", never, never)
+    assert choose("a", took(1.0), took(2.0))
+    assert choose("a", never, never)
+
+
+class Ranks:
+    """A process group of two ranks, of which this process is both, one after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = torch.distributed.HashStore()
+        group = torch.distributed.distributed_c10d
+        monkeypatch.setattr(group, "_get_default_store", lambda: store)
+        monkeypatch.setattr(fastest, "_world", lambda: 2)
+        self.monkeypatch = monkeypatch
+
+    def become(self, file: Path) -> None:
+        """Another rank, on a machine of its own."""
+        self.monkeypatch.setattr(fastest, "_file", lambda: file)
+        fastest._decided.clear()
+
+
+def test_all_ranks_make_one_choice(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose own measurement, or file, says otherwise follows the first one."""
+    ranks = Ranks(monkeypatch)
+    other = file.with_name("other")
+    other.parent.mkdir()
+    key = f"{card_of_results(CARD)}, a"
+    other.write_text(json.dumps({key: "torch"}))
+    assert choose("a", took(1.0), took(2.0))
+    ranks.become(other)
+    assert choose("a", never, never)
+    assert choose("b", took(1.0), took(2.0))  # a computation that only this rank has
+    ranks.become(file)
+    assert choose("b", took(2.0), took(1.0))
+
+
+def test_no_rank_waits_for_one_that_fails(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(monkeypatch)
+
+    def fails() -> Took:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="is not used"):
+        choose("a", took(1.0), fails)  # torch's own layers fail
+    ranks.become(file)
+    with pytest.warns(UserWarning, match="no memory to compare in"):
+        assert not choose("a", never, never)
+    fastest.retry()
+    assert choose("a", took(1.0), took(2.0))
 
 
 def test_a_candidate_that_reads_what_it_has_not_written(
@@ -174,7 +227,7 @@ def broken() -> Took:
     "wrong",
     [
         broken,
-        took(1.0, torch.tensor([1.0, 1.0, 1.3])),
+        took(1.0, torch.tensor([1.0, 1.0, 1.6])),
         took(1.0, torch.tensor([1.0, 1.0, float("nan")])),
         took(1.0, torch.ones(4)),
     ],
@@ -187,7 +240,7 @@ def test_a_candidate_that_is_wrong_is_left_out(file: Path, wrong: Callable[[], T
     with pytest.warns(UserWarning, match="'kernels' is not used on this card") as warned:
         assert fastest.fastest("a", candidates, CARD) == "layers"
     assert len(warned) == 1
-    fastest._choices.cache_clear()
+    fastest._decided.clear()
     assert fastest.fastest("a", dict.fromkeys(candidates, never), CARD) == "layers"
 
 
@@ -201,8 +254,24 @@ def test_results_of_zero_agree(file: Path) -> None:
 def test_nothing_is_measured_while_a_graph_is_recorded(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The capture is told, and the choice is made afterwards."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="Run the model once before the capture") as warned:
+        assert not choose("a", never, never)
     assert not choose("a", never, never)
+    assert len(warned) == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose("a", took(1.0), took(2.0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose("a", never, never)
+
+
+def test_one_wrong_tile_of_many_is_found(file: Path) -> None:
+    right = torch.randn(1024 * 64)
+    wrong = right.clone()
+    wrong[64:128] = 0
+    with pytest.warns(UserWarning, match="of their size in a tile"):
+        assert not choose("a", took(1.0, wrong), took(2.0, right))
 
 
 def test_a_request_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
