@@ -49,7 +49,7 @@ def of_zuko(dims: int) -> nn.Module:
 
 AFFINE = "MaskedAffineAutoregressiveTransform"
 SPLINE = "MaskedPiecewiseRationalQuadraticAutoregressiveTransform"
-SPLINES = {"num_bins": 8, "tails": "linear", "tail_bound": 3.0}
+SPLINES: dict[str, Any] = {"num_bins": 8, "tails": "linear", "tail_bound": 3.0}
 MAF: Build = partial(of_nflows, "nflows", AFFINE)
 RQ: Build = partial(of_nflows, "nflows", SPLINE, **SPLINES)
 DINGO: Build = partial(
@@ -101,9 +101,8 @@ def seconds(call: Callable[[], None]) -> float:
 def pairs(one: Callable[[], None], other: Callable[[], None], rounds: int) -> tuple[float, float]:
     """The median time of `one` in ms, and the median ratio of the other's time to it."""
     if rounds > 1:
-        one(), other()
-    else:
-        other()  # its first call sorts the weights
+        one()
+    other()  # its first call sorts the weights
     found = [(seconds(one), seconds(other)) for _ in range(rounds)]
     return 1e3 * statistics.median(a for a, _ in found), statistics.median(b / a for a, b in found)
 

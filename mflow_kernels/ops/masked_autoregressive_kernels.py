@@ -67,6 +67,12 @@ def _activation(x, constant, KIND: tl.constexpr):
         r = constant * x
         y = (tl.maximum(r, 0.0) + tl.log(1 + tl.exp(-tl.abs(r)))) / constant
         y = tl.where(r > 20, x, y)
+    elif KIND == 12:
+        y = tl.sin(x)
+    elif KIND == 13:
+        y = tl.cos(x)
+    elif KIND == 14:
+        y = x - 2 * constant * tl.floor(x / (2 * constant)) - constant
     else:
         y = x
     return y
@@ -202,7 +208,7 @@ def masked_inverse_kernel(
             value = tl.where(kind == 5, read * _sigmoid(given), value)
             if kind == 1:
                 constant = tl.load(numbers + first)
-                for a in tl.static_range(12):
+                for a in tl.static_range(15):
                     if (ACTIVATIONS >> a) & 1:  # noqa: SIM102 - known to the compiler
                         if other == a:
                             value = _activation(read, constant, a)
