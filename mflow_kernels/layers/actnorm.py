@@ -45,12 +45,14 @@ class ActNorm(Bijection):
         return [_ActNormLayer(self)]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        check_state_for("x", x, self.bias)
+        if type(x) is not Tensor or x.dim() < 2 or x.shape[1] != self.channels:
+            check_state_for("x", x, self.bias)
         warn_if_not_initialized(self)
         return self._run(ops.actnorm, x, context)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        check_state_for("z", z, self.bias)
+        if type(z) is not Tensor or z.dim() < 2 or z.shape[1] != self.channels:
+            check_state_for("z", z, self.bias)
         return self._run(ops.actnorm_inverse, z, context)
 
     def _run(

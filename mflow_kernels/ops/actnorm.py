@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, strided
@@ -224,6 +225,8 @@ def _loop(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> tuple[Te
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
     x = flow_state(name, x)
     for label, value in (("bias", bias), ("log_scale", log_scale)):
+        if type(value) is Parameter and value.shape == x.shape[1:2] and value.device == x.device:
+            continue  # a layer's own
         check_tensor(label, value)
         check_shape(label, value, (x.shape[1],))
         check_device(label, value, x)

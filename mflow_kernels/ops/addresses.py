@@ -42,6 +42,8 @@ def _described(
     """
     check_span("state", shape, stride)
     n, c, p = strides(shape, stride)
+    if shape[0] == 1:  # a stride that torch leaves open must not compile a kernel again
+        n = max(n, c * shape[1], p * shape[2:].numel())
     unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return n, None if c == 1 else c, None if p == 1 else p, unit
 

@@ -209,7 +209,9 @@ def test_initialize_returns_the_latents_of_the_batch(model, x):
             stage, state = model.stages[1], model.encode(x, stages=1, context=context)
         z, logdet = model.initialize(x, context=context, **staged)
         want, want_logdet = stage.latents(state, context=context)
-    torch.testing.assert_close((z, logdet), (want, want_logdet), rtol=0, atol=0)
+    torch.testing.assert_close(z, want, rtol=0, atol=0)
+    # With and without gradients, steps add their log-determinants in different orders.
+    assert_close(logdet, want_logdet, terms=x[0].numel())
 
 
 def coordinates(model: Flow | Chart, x: Tensor, context: Tensor) -> Tensor:
