@@ -37,8 +37,7 @@ def specs(size: str) -> list[Vectors]:
 
 def build(spec: Vectors, variant: str) -> nn.Module:
     if variant == "mflow_kernels":
-        made = mflow_kernels.MaskedAutoregressive(spec.dims, width=spec.width)  # type: ignore[attr-defined]
-        return made
+        return mflow_kernels.MaskedAutoregressive(spec.dims, width=spec.width)
     try:
         transforms = importlib.import_module("nflows.transforms")
     except ImportError as error:
@@ -100,7 +99,7 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
 
 
 def groups(size: str, gpu: bool) -> Iterator[Group]:
-    for spec in specs(size) if hasattr(mflow_kernels, "MaskedAutoregressive") else []:
+    for spec in specs(size):
         for task in TASKS:
             measured = partial(measure, spec=spec, task=task)
             yield Group(f"autoregressive, {task}, {spec}", (str(spec), task), VARIANTS, measured)
