@@ -42,7 +42,7 @@ OUR_PRODUCTS, LIBRARY_PRODUCTS = 0.3, 0.5
 LATENCY = 2e-6  # seconds of a launch on the device, beside its work
 HOST = {"ours": 12e-6, "torch": 8e-6, "compiled": 5e-6}  # seconds of a launch on the host
 OURS = ("network", "hopper", "dh1", "dh2", "sum_", "accumulate", "actnorm", "conv1x1", "coupling",
-        "rebuild", "weight_gradient")  # fmt: skip
+        "rebuild", "weight_gradient", "masked_inverse")  # fmt: skip
 # Adam and the clipping of gradients: float32 numbers that are read and written for a parameter.
 OPTIMIZER_NUMBERS = 9
 

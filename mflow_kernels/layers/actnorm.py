@@ -45,15 +45,20 @@ class ActNorm(Bijection):
         return [_ActNormLayer(self)]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        if type(x) is not Tensor or x.dim() < 2 or x.shape[1] != self.channels:
-            check_state_for("x", x, self.bias)
+        self._check("x", x)
         warn_if_not_initialized(self)
         return self._run(ops.actnorm, x, context)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        if type(z) is not Tensor or z.dim() < 2 or z.shape[1] != self.channels:
-            check_state_for("z", z, self.bias)
+        self._check("z", z)
         return self._run(ops.actnorm_inverse, z, context)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        bias = self.bias
+        usual = type(x) is Tensor and x.dim() == 4 and x.dtype == bias.dtype
+        usual = usual and x.device == bias.device
+        if not usual or x.shape[1] != self.channels or 0 in x.shape:
+            check_state_for(name, x, self.bias)
 
     def _run(
         self, operator: Callable[..., Any], x: Tensor, context: tuple[Tensor, ...]

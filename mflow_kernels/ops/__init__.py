@@ -1,6 +1,6 @@
 """The operators. Each is a registered custom op with a reference in plain torch and kernels."""
 
-import mflow_kernels.ops.agreement  # noqa: F401  It compares kernels on their first use.
+from mflow_kernels.ops import agreement  # noqa: F401  It compares kernels on their first use.
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse
 from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse
 from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse
