@@ -192,7 +192,9 @@ actnorm_op = register("actnorm", _forward, _backward, fake=_fake)
 
 def _loops(x: Tensor) -> bool:
     """Whether the loop of csrc runs, and no mode of dispatch must see the operator."""
-    return cpu.serves(x) and not torch._C._len_torch_dispatch_stack()
+    if uses_triton(x) or not cpu.serves(x):
+        return False
+    return not torch._C._len_torch_dispatch_stack()
 
 
 class _Loop(torch.autograd.Function):

@@ -169,8 +169,12 @@ def architecture(device: torch.device) -> int:
     device = card_of(device)
     if device.type == "cuda":
         return _capability(device)
-    if not KERNELS_ON_CPU:
-        return HOPPER
+    return _machine() if KERNELS_ON_CPU else HOPPER
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not trace the look for drivers
+def _machine() -> int:
+    """The architecture for which kernels on CPU tensors are compiled, or Hopper's."""
     try:
         target = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # Triton's interpreter needs no driver

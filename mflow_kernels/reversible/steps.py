@@ -112,7 +112,7 @@ class Steps(Instruction):
         return type(maps[0]).fold(maps, places, dtype, **how)
 
     def loops(self, x: Tensor) -> bool:
-        if self.masked or not cpu.serves(x) or is_walked():
+        if self.masked or uses_triton(x) or not cpu.serves(x) or is_walked():
             return False
         return all(step.linear is None or step.linear.loops() for step in self.steps)
 
