@@ -60,6 +60,8 @@ def strided(x: Tensor | None) -> KernelState:
     """
     if x is None:
         return (None,)
+    if x.is_neg():  # torch negates lazily: memory then holds the opposite of the values
+        x = x.resolve_neg()
     first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.itemsize % 8
     return x, *_described(x.shape, x.stride(), first)
 

@@ -273,6 +273,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **opt
     if isinstance(first, FakeTensor):
         return
     device = first.device
+    # See `strided`, which does so for states.
+    args = tuple(a.resolve_neg() if isinstance(a, Tensor) and a.is_neg() else a for a in args)
     try:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
